@@ -84,7 +84,7 @@ HISTORY = pa.schema(
 
 
 def embeddings_schema(embedding_dim: int) -> pa.Schema:
-    """A row is an image: its embedding [embedding_dim] float32, L2-normalised by the encoder, before centring."""
+    """A row is an image: its embedding [embedding_dim], L2-normalised by the encoder, before centring."""
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),

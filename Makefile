@@ -1,0 +1,38 @@
+# Each target makes .venv when it is missing and does nothing to it when it is up to date.
+PYTHON ?= python3.11
+# PyTorch's own index of CPU wheels, for a small install on Linux: see the README. Optional.
+TORCH_INDEX ?=
+VENV := .venv
+PEERS := .venv-peers
+TORCH := 2.13.0
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.PHONY: demo test lint peers real-tables clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/medsae pipeline --config jobs/demo.yaml
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# The CPU build of PyTorch comes first and alone: while one index is slow, pip waits for it at every package.
+# It is a build of its own only on Linux; where it is not to be had, the ordinary wheel serves as well.
+define install_torch
+$(1)/bin/pip install $(PIP_FLAGS) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch==$(TORCH)+cpu \
+	|| $(1)/bin/pip install $(PIP_FLAGS) torch==$(TORCH)
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install $(PIP_FLAGS) --upgrade pip
+	$(call install_torch,$(VENV))
+	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(PEERS) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

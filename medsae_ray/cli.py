@@ -1,0 +1,144 @@
+"""`medsae COMMAND …`: settings from defaults, YAML and flags; bad input is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+from typing import get_type_hints
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from medsae_ray.config import Settings
+from medsae_ray.errors import InputError
+from medsae_ray.pipeline import STAGES, run_stages
+
+HELP = {
+    "pipeline": "all stages in order, each skipped where it is done",
+    "radiographs": "read the data set's tables (or generate phantoms)",
+    "embed": "radiographs to embeddings",
+    "fit": "embeddings to a sparse autoencoder",
+    "encode": "embeddings to sparse activations",
+    "measure": "activations and labels to the neuron table and the summary",
+    "status": "what a run holds: stages, rows, quarantined, seconds, stale or fresh",
+    "weights": "where MedCLIP's weights come from; checks a file and prints its SHA-256",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `medsae` command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    with_exit_code(lambda: _dispatch(command, rest))
+
+
+def job(command: str) -> None:
+    """Entry point of `jobs/<command>.py`: the same settings and functions as `medsae <command>`."""
+    with_exit_code(lambda: _dispatch(command, sys.argv[1:]))
+
+
+def with_exit_code(work: object) -> None:
+    """Run `work()`; an InputError becomes one sentence on stderr and exit code 2."""
+    try:
+        work()  # type: ignore[operator]
+    except InputError as error:
+        print(f"medsae: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _dispatch(command: str, rest: list[str]) -> None:
+    if command == "status":
+        _status(rest)
+    elif command == "weights":
+        _weights(rest)
+    elif command == "pipeline":
+        run_stages(STAGES, parse_settings(command, rest))
+    elif command in STAGES:
+        run_stages((command,), parse_settings(command, rest))
+    elif command in ("-h", "--help"):
+        width = max(map(len, HELP))
+        print("usage: medsae COMMAND [--config FILE.yaml] [--run RUN] [--stage.field VALUE …]\n")
+        print("\n".join(f"  {name:<{width}}  {text}" for name, text in HELP.items()))
+        print("\n`medsae COMMAND --help` shows every setting with its default.")
+    else:
+        raise InputError(
+            f"There is no command {command!r}{_nearest(command, HELP)}: the commands are {', '.join(HELP)}."
+        )
+
+
+def parse_settings(command: str, arguments: list[str]) -> Settings:
+    """Settings from defaults, the YAML file after `--config`, and flags, the later winning.
+
+    Raises InputError naming the key that is unknown (with the nearest known one) or out of its range.
+    """
+    parser = _parser(command)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except argparse.ArgumentError as error:
+        raise InputError(_sentence(str(error), _keys())) from None
+    values = {f.name: parsed[f.name] for f in dataclasses.fields(Settings)}
+    return Settings(**values)
+
+
+def _parser(command: str) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"medsae {command}", description=HELP[command], exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it win")
+    parser.add_class_arguments(Settings, fail_untyped=True)
+    shown = {"config", "run", "overwrite", "ray", "help", *([command] if command in STAGES else STAGES)}
+    for action in parser._actions:
+        if action.dest.split(".")[0] not in shown or (
+            action.option_strings == [f"--{action.dest}"] and (action.dest in {*STAGES, "ray"})
+        ):
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def _keys() -> list[str]:
+    hints = get_type_hints(Settings)
+    keys = []
+    for name, kind in hints.items():
+        keys.append(name)
+        if dataclasses.is_dataclass(kind):
+            keys += [f"{name}.{f.name}" for f in dataclasses.fields(kind)]
+    return keys
+
+
+def _sentence(message: str, keys: list[str]) -> str:
+    """jsonargparse's message as one sentence that names the nearest known key."""
+    unknown = re.search(r"unrecognized arguments: (?:--)?([\w.]+)", message)
+    in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    top_level = re.search(r"(?:Key|Option|option) '([\w.]+)' is not expected", message)
+    if unknown or in_group or top_level:
+        key = (
+            ".".join(in_group.groups()) if in_group else (unknown or top_level).group(1)  # type: ignore[union-attr]
+        )
+        return f"There is no setting {key!r}{_nearest(key, keys)}."
+    return " ".join(message.split()).rstrip(".") + "."
+
+
+def _nearest(word: str, known: object) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)  # type: ignore[call-overload]
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _status(arguments: list[str]) -> None:
+    from medsae_ray.status import describe
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise InputError("Name one run folder: medsae status RUN.")
+    print(describe(arguments[0]))
+
+
+def _weights(arguments: list[str]) -> None:
+    from medsae_ray.encoders import weights
+
+    if arguments and arguments[0] in ("-h", "--help"):
+        arguments = []
+    if len(arguments) > 1:
+        raise InputError("Name one checkpoint, a file or a folder: medsae weights [FILE].")
+    print(weights.check(arguments[0]) if arguments else weights.describe())

@@ -1,0 +1,84 @@
+"""The Ray that the stages run on: an embedded local one, or the cluster of a submitted job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+from medsae_ray.config import RaySettings
+from medsae_ray.errors import InputError
+
+WORKER_ENVIRONMENT = (
+    "RAY_USAGE_STATS_ENABLED",
+    "VLLM_NO_USAGE_STATS",
+    "DO_NOT_TRACK",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_DISABLE_TELEMETRY",
+)
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the driver of a `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def refuse_relative(key: str, path: str | None) -> None:
+    """Raises InputError for a relative path in a submitted job, where it would be lost."""
+    if in_submitted_job() and path is not None and "://" not in path and not os.path.isabs(path):
+        raise InputError(
+            f"Setting {key} is the relative path {path!r}, which in a submitted job would lie in Ray's "
+            "temporary copy of the working directory and be lost: give an absolute path that all nodes "
+            "share, or a URI such as s3://bucket/run."
+        )
+
+
+def start_ray(settings: RaySettings) -> None:
+    """Connect to the cluster this driver belongs to, or start an embedded local Ray; nothing if it runs.
+
+    Stages call this once they know that there is something to do.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        shared: dict[str, Any] = {
+            "runtime_env": {
+                "env_vars": {name: os.environ[name] for name in WORKER_ENVIRONMENT},
+                "worker_process_setup_hook": "medsae_ray.cluster.quieten_worker",
+            },
+            "logging_level": logging.WARNING,
+        }
+        if in_submitted_job() or os.environ.get("RAY_ADDRESS"):
+            ray.init(**shared)
+        else:
+            context = ray.init(
+                address="local",
+                num_cpus=settings.cpus or os.cpu_count(),
+                object_store_memory=int(settings.object_store_gib * 2**30),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                **shared,
+            )
+            print(f"Ray dashboard: http://{context.dashboard_url}", flush=True)
+    data = ray.data.DataContext.get_current()
+    data.enable_progress_bars = settings.progress
+    data.enable_operator_progress_bars = settings.progress and sys.stdout.isatty()
+    # A PIL image or other Python object in a column would silently be pickled.
+    data.enable_fallback_to_arrow_object_ext_type = False
+
+
+def stop_ray() -> None:
+    """Leave the cluster, or end the embedded Ray; nothing if none was started."""
+    import ray
+
+    ray.shutdown()
+
+
+def quieten_worker() -> None:
+    """Runs in every Ray worker: its download warnings quote the URI, whose folders name the patient.
+
+    Nothing is lost with them: the row is quarantined with its reason.
+    """
+    logging.getLogger("ray.data._internal.planner.plan_download_op").setLevel(logging.ERROR)

@@ -1,0 +1,236 @@
+"""Stage `embed`: radiographs to embeddings, by Ray Data with a pool of encoder actors.
+
+read table → download → decode and resize (tasks) → encode (actors) → Parquet, under Ray Data's id checkpoint:
+a killed run goes on where it was, and every radiograph ends in `embeddings` or `quarantine/embed` once.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medsae_ray.cluster import start_ray
+from medsae_ray.config import EmbedSettings, Settings, fingerprinted
+from medsae_ray.encoders import load_encoder, preprocessing
+from medsae_ray.errors import InputError
+from medsae_ray.radiographs.decode import DecodeError, decode
+from medsae_ray.run import Plan, Run, Staging
+from medsae_ray.stages.outcome import Outcome
+from medsae_ray.stages.radiographs import write_quarantine
+from medsae_ray.stages.resumable import write_resumable
+from medsae_ray.tables import QUARANTINE, embeddings_schema
+
+
+def embed(run: Run, settings: Settings) -> Outcome:
+    """Write `embeddings`, `quarantine/embed` and, in the notes, what the encoder and its embeddings are.
+
+    Raises InputError for weights that cannot be used, and where more than `embed.max_bad_share` of the
+    radiographs had to be quarantined.
+    """
+    chosen = settings.embed
+    source = run.require("radiographs", "radiographs")
+    # Loaded once here, on the driver, so that unusable weights are told before any actor starts.
+    encoder = load_encoder(chosen.encoder, chosen.weights)
+    plan = Plan(
+        "embed",
+        "embeddings",
+        fingerprinted(chosen),
+        {"radiographs": source.fingerprint, "weights": encoder.weights_sha256},
+    )
+    staging = run.begin(plan, settings.overwrite)
+    if staging is None:
+        return Outcome(run.require("embeddings", "embed"), ran=False)
+
+    import ray
+
+    start_ray(settings.ray)
+    rows = ray.data.read_parquet(
+        run.files("radiographs"), filesystem=run.filesystem, columns=["image_id", "uri", "split"]
+    )
+    from ray.data.expressions import download
+
+    embedded = (
+        rows.repartition(target_num_rows_per_block=chosen.block_rows)
+        .with_column("bytes", download("uri"))
+        .map_batches(
+            functools.partial(decode_batch, encoder=chosen.encoder, max_pixels=chosen.max_pixels),
+            batch_size=chosen.block_rows,
+            batch_format="pyarrow",
+        )
+        .map_batches(
+            EncodeBatch,
+            batch_size=chosen.block_rows,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={"settings": chosen},
+            compute=ray.data.ActorPoolStrategy(min_size=chosen.encoders_min, max_size=chosen.encoders_max),
+            num_cpus=chosen.cpus_per_encoder,
+            num_gpus=chosen.gpus_per_encoder,
+        )
+    )
+    write_resumable(embedded, staging, id_column="image_id")
+    split = _split_rows(staging, encoder.embedding_dim, rows_in=source.rows_out)
+    quarantined = split.quarantine.num_rows
+    if quarantined > chosen.max_bad_share * source.rows_out:
+        raise InputError(
+            f"{quarantined} of {source.rows_out} radiographs cannot be used (the first: "
+            f"{split.quarantine['reason'][0].as_py()}), more than embed.max_bad_share = "
+            f"{chosen.max_bad_share} allows: mend the files and start with --overwrite, or raise the share."
+        )
+    staging.delete("_rows")
+    staging.delete("_ids")
+    if split.position_mean is not None:
+        staging.write_bytes(_npy(split.position_mean), "position_mean.npy")
+    write_quarantine(run, plan, split.quarantine)
+    manifest = staging.commit(
+        rows_in=source.rows_out,
+        rows_out=split.rows,
+        quarantined=quarantined,
+        stand_ins=[f"encoder {encoder.name}"] if encoder.stand_in else [],
+        notes={
+            "encoder": encoder.name,
+            "weights_sha256": encoder.weights_sha256,
+            "embedding_dim": encoder.embedding_dim,
+            "grid": encoder.grid,
+            "reasons": _counts(split.quarantine["reason"]),
+            **encoder.notes,
+        },
+    )
+    return Outcome(manifest, ran=True)
+
+
+def decode_batch(batch: pa.Table, *, encoder: str, max_pixels: int) -> pa.Table:
+    """A batch with `bytes` → the same rows with `pixels` (uint8, raw, or null) and `reason` (or null)."""
+    to_pixels = preprocessing(encoder)
+    decoded = [_decode_one(content.as_py(), to_pixels, max_pixels) for content in batch["bytes"]]
+    return (
+        batch.drop_columns(["bytes"])
+        .append_column("pixels", pa.array([pixels for pixels, _ in decoded], pa.binary()))
+        .append_column("reason", pa.array([reason for _, reason in decoded], pa.string()))
+    )
+
+
+def _decode_one(
+    content: bytes | None, to_pixels: Callable[[Any], np.ndarray], max_pixels: int
+) -> tuple[bytes | None, str | None]:
+    if content is None:
+        return None, "missing or unreadable file"
+    try:
+        return to_pixels(decode(content, max_pixels=max_pixels)).tobytes(), None
+    except DecodeError as error:
+        return None, str(error)
+
+
+class EncodeBatch:
+    """The encoder as a Ray Data actor: batches of pixels to rows of embeddings.
+
+    The first row of each batch carries the batch's summed position shares over the training split
+    (`share_sum`, float64 [P, d], raw): they are written, checkpointed and lost together with the rows they
+    were summed over, so a resumed run counts no image twice.
+    """
+
+    def __init__(self, settings: EmbedSettings) -> None:
+        import torch
+
+        if settings.gpus_per_encoder:
+            device = "cuda"
+        else:
+            device = "cpu"
+            torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // settings.encoders_max))
+        self.batch_size = settings.batch_size
+        self.encoder = load_encoder(
+            settings.encoder, settings.weights, device=device, precision=settings.precision
+        )
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        side = self.encoder.image_size
+        reasons: list[str | None] = batch["reason"].to_pylist()
+        good = [i for i, reason in enumerate(reasons) if reason is None]
+        train = np.array(batch["split"].to_pylist()) == "train"
+        embeddings: list[np.ndarray | None] = [None] * len(reasons)
+        share_sum, share_count = None, 0
+        for start in range(0, len(good), self.batch_size):
+            part = good[start : start + self.batch_size]
+            raw = b"".join(batch["pixels"][i].as_py() for i in part)
+            pixels = np.frombuffer(raw, np.uint8).reshape(len(part), side, side)
+            embedded = self.encoder.embed(pixels, train[part])
+            for i, vector in zip(part, embedded.embedding, strict=True):
+                if np.isfinite(vector).all():
+                    embeddings[i] = vector
+                else:
+                    reasons[i] = "the encoder gave no finite embedding"
+            if embedded.share_sum is not None and embedded.share_count:
+                share_sum = embedded.share_sum if share_sum is None else share_sum + embedded.share_sum
+                share_count += embedded.share_count
+        shares: list[bytes | None] = [None] * len(reasons)
+        counts = [0] * len(reasons)
+        if share_sum is not None:
+            shares[0], counts[0] = share_sum.astype(np.float64).tobytes(), share_count
+        return pa.table(
+            {
+                "image_id": batch["image_id"],
+                "uri": batch["uri"],
+                "embedding": pa.array(embeddings, pa.list_(pa.float32(), self.encoder.embedding_dim)),
+                "reason": pa.array(reasons, pa.string()),
+                "share_sum": pa.array(shares, pa.binary()),
+                "share_count": pa.array(counts, pa.int64()),
+            }
+        )
+
+
+class _Split:
+    """The written rows, told apart: how many embeddings, which rows are quarantined, the shares' mean."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.quarantine = QUARANTINE.empty_table()
+        self.position_mean: np.ndarray | None = None
+
+
+def _split_rows(staging: Staging, embedding_dim: int, rows_in: int) -> _Split:
+    """Write the embeddings' Parquet file by file, so that memory does not grow with their number."""
+    split = _Split()
+    quarantined, share_sum, share_count = [], np.zeros(1), 0
+    schema = embeddings_schema(embedding_dim)
+    ids = np.empty(rows_in + 1, np.uint64)
+    seen = 0
+    with staging.writer(schema, "part-00000.parquet") as writer:
+        for path in staging.data_files("_rows"):
+            rows = pq.read_table(path, filesystem=staging.filesystem)
+            digests = [int(i.rpartition("-")[2], 16) for i in rows["image_id"].to_pylist()]
+            if seen + len(digests) > rows_in:
+                raise RuntimeError("more embedded rows than radiographs: the id checkpoint wrote a row twice")
+            ids[seen : seen + len(digests)] = digests
+            seen += len(digests)
+            bad = rows.filter(pa.compute.is_valid(rows["reason"]))
+            good = rows.filter(pa.compute.is_null(rows["reason"]))
+            writer.write_table(good.select(schema.names).cast(schema))
+            split.rows += good.num_rows
+            stage = pa.array(["embed"] * bad.num_rows, pa.string())
+            quarantined.append(bad.append_column("stage", stage).select(QUARANTINE.names).cast(QUARANTINE))
+            for content, count in zip(rows["share_sum"], rows["share_count"], strict=True):
+                if content.is_valid:
+                    share_sum = share_sum + np.frombuffer(content.as_py(), np.float64)
+                    share_count += count.as_py()
+    if seen != rows_in or len(np.unique(ids[:seen])) != rows_in:
+        raise RuntimeError(f"{rows_in} radiographs went in but {seen} rows came out")
+    split.quarantine = pa.concat_tables(quarantined).sort_by("image_id")
+    if share_count:
+        split.position_mean = (share_sum / share_count).reshape(-1, embedding_dim)
+    return split
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def _counts(reasons: pa.ChunkedArray) -> dict[str, int]:
+    return {row["values"].as_py(): row["counts"].as_py() for row in reasons.value_counts()}
