@@ -2,9 +2,9 @@
 
     python benchmarks/encoder.py [--device cuda] [--threads 2] [--batches 16 32]
 
-The bare forward is MedCLIP-ResNet-50 as transformers builds it (batch normalisations apart, random weights) on
-pixels already scaled; `embed` starts from uint8, folds the normalisations, projects, normalises and adds up
-the positions' shares.
+The bare forward is MedCLIP-ResNet-50 as transformers builds it (batch normalisations apart, random weights)
+on pixels already scaled; `embed` starts from uint8, has the normalisations folded in, and projects, normalises
+and adds up the positions' shares.
 """
 
 from __future__ import annotations

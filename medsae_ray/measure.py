@@ -4,7 +4,8 @@ Batches go into a mergeable state (`ActivationState`, `EmbeddingState`, `Reconst
 state, the labels and the patients go into `measure_units`; two splits' results make the `neurons` table.
 
 A unit is a neuron of the SAE, or one of the raw embedding's dimensions. Shapes: n images, u units, L labels.
-Undefined figures are NaN in arrays and null in tables, never 0. Formulas: docs/method.md and statistics.py.
+Undefined figures are NaN in arrays and null in tables, never 0. The measures are those of MedSAE (arXiv
+2510.26411); statistics.py has them for one unit at a time.
 """
 
 from __future__ import annotations
@@ -729,7 +730,7 @@ class EntropyMean(NamedTuple):
 
 
 class EntropyMeans(NamedTuple):
-    """The three means of paper.md, all reported, for neurons and dimensions alike."""
+    """Three means, all reported, for neurons and dimensions alike."""
 
     living: EntropyMean
     """Units that fire on at least `min_firing` images."""
@@ -838,7 +839,7 @@ def failure_signatures(
     non_finite_share: float,
     near_floor: float = 0.05,
 ) -> list[str]:
-    """The failures of paper.md that these figures show, a sentence each with the remedy; empty if none.
+    """The known failures that these figures show, a sentence each with the remedy; empty if none.
 
     `dead_share` and `non_finite_share` are in [0, 1]; `entropy` is the mean over living neurons;
     `mean_norm`, `dimension_variance` [d] and `non_finite_share` describe the raw embeddings. Entropy counts

@@ -52,7 +52,8 @@ def pearson(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def entropy(r: ArrayLike) -> Floats:
-    """Entropy in nats of normalised |r| over the last axis: p = |r| / Σ|r|, H = −Σ p ln p (paper.md).
+    """Entropy in nats of normalised |r| over the last axis: p = |r| / Σ|r|, H = −Σ p ln p
+    (MedSAE, arXiv 2510.26411).
 
     An undefined r (NaN) never enters the sum. H is in [0, ln(number of defined r)]; it is NaN where no r is
     defined, and where every defined r is 0, because nothing can then be normalised.

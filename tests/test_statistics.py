@@ -92,7 +92,7 @@ def test_entropy_without_anything_to_normalise_is_undefined() -> None:
 @pytest.mark.parametrize(
     ("n_labels", "published", "spread"), [(14, 2.37, 0.09), (12, 2.22, 0.10), (8, 1.82, 0.12)]
 )
-def test_entropy_of_independent_noise_is_the_floor_of_the_paper_page(
+def test_entropy_of_independent_noise_is_the_known_floor(
     n_labels: int, published: float, spread: float
 ) -> None:
     h = entropy(np.random.default_rng(0).normal(size=(20_000, n_labels)))

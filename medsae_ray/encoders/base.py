@@ -95,6 +95,8 @@ class PooledEncoder(nn.Module, Encoder):
     mean: ClassVar[float]
     std: ClassVar[float]
     """Centre and scale of the network's input, for pixels in [0, 1]."""
+    cpu_batch: ClassVar[int] = 32
+    """Images that pass the network at once on a CPU, however many `embed` is given; a GPU takes them all."""
     projection: nn.Linear
     """[C -> d], without bias: with one, positions would not sum to the embedding."""
 
@@ -137,9 +139,11 @@ class PooledEncoder(nn.Module, Encoder):
 
     @torch.inference_mode()
     def embed(self, pixels: np.ndarray, share_mask: np.ndarray | None = None) -> Embedded:
+        x = self.normalise(pixels)
+        parts = x.split(self.cpu_batch) if self._device.type == "cpu" else (x,)
         half = self._precision == "bfloat16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            f = self.feature_map(self.normalise(pixels))
+            f = torch.cat([self.feature_map(part) for part in parts])
         f = f.float().flatten(2)
         e = self.projection(f.mean(2))
         norm = e.norm(dim=1)

@@ -36,6 +36,9 @@ class MedClipResNet50(PooledEncoder):
 
     name, stand_in, image_size, grid = "medclip-resnet50", False, 224, (7, 7)
     mean, std = 0.5862785803043838, 0.27950088968644304  # medclip/constants.py
+    # The largest map of 8 images is 24.5 MiB. glibc gives blocks above 32 MiB back to the system at once, and
+    # having them anew for each layer costs a third of the time at 32 images.
+    cpu_batch = 8
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class MedClipResNet50(PooledEncoder):
     def load(cls, weights: str | None, *, device: str = "cpu", precision: str = "float32") -> Self:
         if weights is None:
             raise InputError(
-                f"{cls.name} needs a weight file, which you have to fetch yourself: `medsae weights` says where."
+                f"{cls.name} needs a weight file, which you fetch yourself: `medsae weights` says where."
             )
         return cls.from_checkpoint(read_checkpoint(weights)).place(device, precision)
 
@@ -124,6 +127,7 @@ def fold_batch_norms(backbone: nn.Module) -> None:
     The function stays the same up to rounding; a pass over each feature map is saved.
     """
     for module in backbone.modules():
-        if isinstance(getattr(module, "normalization", None), nn.BatchNorm2d):
-            module.convolution = fuse_conv_bn_eval(module.convolution, module.normalization)
+        convolution, normalization = (getattr(module, n, None) for n in ("convolution", "normalization"))
+        if isinstance(convolution, nn.Conv2d) and isinstance(normalization, nn.BatchNorm2d):
+            module.convolution = fuse_conv_bn_eval(convolution, normalization)
             module.normalization = nn.Identity()

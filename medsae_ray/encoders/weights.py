@@ -25,7 +25,7 @@ class WeightsReport(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.path} holds {self.encoder}: {self.n_parameters:,} parameters in {self.n_read} tensors, "
-            f"{self.n_skipped} tensors of the text half skipped, embeddings of {self.embedding_dim} dimensions\n"
+            f"{self.n_skipped} of the text half skipped, embeddings of {self.embedding_dim} dimensions\n"
             f"SHA-256 {self.sha256}"
         )
 
@@ -41,8 +41,9 @@ This tool does not download it. To fetch it yourself:
   2. Download and unpack the archive: it holds pytorch_model.bin, the whole image and text encoder.
   3. Check it with `medsae weights FILE`, and note the SHA-256 that this prints: the authors publish none.
 
-Terms: the repository's code is under the MIT licence; nothing is said there about the weights alone. They were
-trained on CheXpert and MIMIC-CXR, whose use agreements may bind you as well. For research, not for clinical use.
+Terms: the repository's code is under the MIT licence; nothing is said there about the weights alone. They
+were trained on CheXpert and MIMIC-CXR, whose use agreements may bind you as well. For research, not for
+clinical use.
 
 The stand-in (encoder: stand-in) ships with this package and needs no file. It has seen generated radiographs
 only: it shows that the machinery runs, and says nothing about patients."""

@@ -48,14 +48,13 @@ def embed(run: Run, settings: Settings) -> Outcome:
     if staging is None:
         return Outcome(run.require("embeddings", "embed"), ran=False)
 
-    import ray
-
     start_ray(settings.ray)
+    import ray
+    from ray.data.expressions import download
+
     rows = ray.data.read_parquet(
         run.files("radiographs"), filesystem=run.filesystem, columns=["image_id", "uri", "split"]
     )
-    from ray.data.expressions import download
-
     embedded = (
         rows.repartition(target_num_rows_per_block=chosen.block_rows)
         .with_column("bytes", download("uri"))

@@ -51,11 +51,11 @@ def encode(run: Run, settings: Settings) -> Outcome:
     if staging is None:
         return Outcome(run.require("activations", "encode"), ran=False)
 
+    start_ray(settings.ray)
     import ray
 
     from medsae_ray.sae.relu import check_width
 
-    start_ray(settings.ray)
     sae = load_sae(run)
     check_width(sae, embeddings.notes["embedding_dim"])
     run.dataset("embeddings", embeddings_schema(sae.config.embedding_dim))

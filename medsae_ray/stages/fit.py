@@ -120,7 +120,9 @@ def _train(
         RunConfig,
         ScalingConfig,
     )
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from medsae_ray.stages.torch_backend import WorkersTorchConfig
 
     chosen: FitSettings = loop_config["settings"]
     use_gpu = chosen.gpus_per_worker > 0
@@ -133,7 +135,7 @@ def _train(
         scaling_config=ScalingConfig(
             num_workers=chosen.workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=WorkersTorchConfig(backend="nccl" if use_gpu else "gloo"),
         datasets={"train": embeddings_of(run, train_ids), "valid": embeddings_of(run, valid_ids)},
         dataset_config=DataConfig(datasets_to_split=[] if loop_config["in_memory"] else ["train"]),
         run_config=RunConfig(  # type: ignore[call-arg]

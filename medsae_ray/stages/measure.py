@@ -59,8 +59,10 @@ def measure(run: Run, settings: Settings) -> Outcome:
         fired, embedded = splits.activations[split].finish(), splits.embeddings[split].finish()
         if not fired.image_ids.equals(embedded.image_ids):
             raise RuntimeError(f"activations and embeddings of split {split} are of different images")
-        neurons[split] = _measure(fired, splits.radiographs, chosen)
-        dimensions[split] = _measure(embedded, splits.radiographs, chosen)
+        # The noise floor is a figure of the test split alone.
+        permutations = chosen.floor_permutations if split == "test" else 0
+        neurons[split] = _measure(fired, splits.radiographs, chosen, permutations)
+        dimensions[split] = _measure(embedded, splits.radiographs, chosen, permutations)
         rebuilt = _reconstruction(embedded.values, fired.values, *weights)
         notes[split] = {
             "n_images": rebuilt.n_images,
@@ -125,10 +127,10 @@ class _Splits:
         return self.radiographs["split"].take(rows)
 
 
-def _measure(values: Any, radiographs: pa.Table, chosen: MeasureSettings) -> UnitMeasures:
+def _measure(values: Any, radiographs: pa.Table, chosen: MeasureSettings, permutations: int) -> UnitMeasures:
     labels, patients = labels_of(radiographs, values.image_ids)
     y, known = LabelPolicy(chosen.uncertain, chosen.blank).apply(labels)
-    return measure_units(values, y, known, patients, permutations=chosen.floor_permutations, seed=chosen.seed)
+    return measure_units(values, y, known, patients, permutations=permutations, seed=chosen.seed)
 
 
 def _reconstruction(x: Any, z: Any, decoder: np.ndarray, bias: np.ndarray) -> ReconstructionState:

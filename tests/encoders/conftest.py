@@ -1,9 +1,5 @@
 """A checkpoint of MedCLIP's real layout with random weights, and an independent ResNet-50 that reads it."""
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 from collections.abc import Callable
 from pathlib import Path
 

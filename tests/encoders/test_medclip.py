@@ -1,5 +1,6 @@
 """MedCLIP-ResNet-50 against an independent ResNet-50 that reads the same checkpoint."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,8 +78,6 @@ def test_shares_equal_the_reference_and_sum_to_the_embedding(
 
 
 def test_notes_and_identity(encoder: Encoder, checkpoint_file: Path) -> None:
-    import hashlib
-
     assert (encoder.name, encoder.stand_in, encoder.embedding_dim) == ("medclip-resnet50", False, 512)
     assert (encoder.image_size, encoder.grid) == (224, (7, 7))
     assert encoder.weights_sha256 == hashlib.sha256(checkpoint_file.read_bytes()).hexdigest()
@@ -131,17 +130,11 @@ def test_without_weights_says_where_to_look() -> None:
 def test_real_rgba_radiograph_embeds_as_its_grey_self(encoder: Encoder) -> None:
     if not RADIOGRAPHS.is_dir():
         pytest.skip("no ../shared/radiographs/nih/images_1024 beside this repository")
-    for file in sorted(RADIOGRAPHS.iterdir()):
-        with Image.open(file) as image:
-            if image.mode == "RGBA":
-                rgba = image.copy()
-                break
-    else:
-        pytest.skip("no RGBA radiograph among ../shared/radiographs/nih/images_1024")
-    # In these files red, green and blue agree: any one of them is the grey radiograph.
-    grey = rgba.getchannel("G")
+    originals = [Image.open(file) for file in sorted(RADIOGRAPHS.glob("*.png"))]
+    # NIH's RGBA originals repeat the grey value in red, green and blue; a copy may hold none of them.
+    rgba = next((image for image in originals if image.mode == "RGBA"), originals[0].convert("RGBA"))
     preprocess = preprocessing("medclip-resnet50")
-    embedded = encoder.embed(np.stack([preprocess(rgba), preprocess(grey)])).embedding
+    embedded = encoder.embed(np.stack([preprocess(rgba), preprocess(rgba.getchannel("G"))])).embedding
     assert np.abs(embedded[0] - embedded[1]).max() < 1e-4
 
 
@@ -153,9 +146,7 @@ def test_bfloat16_on_cpu_stays_close(encoder: Encoder, checkpoint_file: Path, pi
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_bfloat16_on_cuda_agrees_with_cpu(
-    encoder: Encoder, checkpoint_file: Path, pixels: np.ndarray
-) -> None:
+def test_bfloat16_on_cuda_agrees(encoder: Encoder, checkpoint_file: Path, pixels: np.ndarray) -> None:
     cuda = load_encoder("medclip-resnet50", str(checkpoint_file), device="cuda", precision="bfloat16")
     mask = np.ones(len(pixels), bool)
     ours, theirs = encoder.embed(pixels, mask), cuda.embed(pixels, mask)

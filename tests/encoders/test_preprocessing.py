@@ -10,17 +10,7 @@ from PIL import Image
 from medsae_ray.encoders import ENCODERS, preprocessing
 from medsae_ray.encoders.preprocessing import pad_and_resize
 
-SIZES = [
-    (224, 224),
-    (100, 60),
-    (60, 223),
-    (225, 224),
-    (301, 200),
-    (199, 300),
-    (1024, 1024),
-    (390, 320),
-    (1, 1),
-]
+SIZES = [(224, 224), (100, 60), (60, 223), (225, 224), (301, 200), (199, 300), (1024, 840), (1, 1)]
 
 
 def drawn(width: int, height: int, mode: str) -> Image.Image:

@@ -35,7 +35,9 @@ COLUMNS = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_phantoms(tmp_path_factory.mktemp("phantoms"), PhantomSettings(images=200, size=96))
+    return write_phantoms(
+        tmp_path_factory.mktemp("phantoms"), PhantomSettings(images=200, size=96, format="png")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_same_seed_same_files_for_any_number_of_processes(written: Path, tmp_path: Path) -> None:
-    again = write_phantoms(tmp_path, PhantomSettings(images=200, size=96), workers=2)
+    again = write_phantoms(tmp_path, PhantomSettings(images=200, size=96, format="png"), workers=2)
     assert files(again) == files(written)
 
 
@@ -63,22 +65,22 @@ def test_other_seed_other_images() -> None:
 
 
 def test_fewer_images_are_a_prefix_of_more(written: Path, tmp_path: Path) -> None:
-    fewer = write_phantoms(tmp_path, PhantomSettings(images=80, size=96))
+    fewer = write_phantoms(tmp_path, PhantomSettings(images=80, size=96, format="png"))
     for split in ("train", "valid", "test"):
         small, large = ((f / f"{split}.csv").read_text().splitlines() for f in (fewer, written))
         assert small == large[: len(small)]
         assert 1 < len(small) < len(large)
     images = {name: data for name, data in files(fewer).items() if name.endswith(".png")}
     assert len(images) == 80
-    assert all(files(written)[name] == data for name, data in images.items())
+    assert images.items() <= files(written).items()
 
 
 def test_complete_folder_is_left_alone_and_other_settings_are_refused(written: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in written.rglob("*")}
-    assert write_phantoms(written.parent, PhantomSettings(images=200, size=96)) == written
+    assert write_phantoms(written.parent, PhantomSettings(images=200, size=96, format="png")) == written
     assert {path: path.stat().st_mtime_ns for path in written.rglob("*")} == before
     with pytest.raises(InputError, match=r"other phantoms \(seed differ\)"):
-        write_phantoms(written.parent, PhantomSettings(images=200, size=96, seed=1))
+        write_phantoms(written.parent, PhantomSettings(images=200, size=96, format="png", seed=1))
 
 
 def test_unfinished_folder_of_a_killed_run_is_replaced(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_unfinished_folder_of_a_killed_run_is_replaced(tmp_path: Path) -> None:
 
 
 def test_jpeg(tmp_path: Path) -> None:
-    folder = write_phantoms(tmp_path, PhantomSettings(images=4, size=64, format="jpg"))
+    folder = write_phantoms(tmp_path, PhantomSettings(images=4, size=64))
     path = pd.read_csv(folder / "train.csv").Path[0]
     with Image.open(tmp_path / path) as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "L", (64, 64))

@@ -26,7 +26,7 @@ def batch(n=32, d=6, seed=2, dtype=torch.float64):
 
 @pytest.mark.parametrize(("norm", "reduction"), CONVENTIONS)
 def test_loss_is_the_formula(norm, reduction):
-    sae, x = sae_of(norm, reduction), batch()
+    sae, x = sae_of(norm, reduction).requires_grad_(False), batch()
     W_enc, b_enc, W_dec, b_dec = (p.detach().numpy() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
     z = np.maximum((x.numpy() - b_dec) @ W_enc + b_enc, 0)
     error = x.numpy() - (z @ W_dec + b_dec)

@@ -27,8 +27,13 @@ Array = NDArray[np.floating[Any]]
 
 def ramp(distance: Array, width: float) -> Array:
     """Smooth step from 0 (distance < -width/2) to 1 (distance > width/2)."""
-    t = np.clip(distance * np.float32(1 / width) + np.float32(0.5), 0, 1)
-    return t * t * (3 - 2 * t)
+    t = distance * np.float32(1 / width)
+    t += np.float32(0.5)
+    np.clip(t, 0, 1, out=t)
+    step = 3 - 2 * t
+    step *= t
+    step *= t
+    return step
 
 
 @dataclass(frozen=True)
@@ -367,7 +372,7 @@ def lateral(a: Anatomy, size: int, heart: float, mediastinum: float) -> Chest:
     """A lateral chest, the patient facing left: sternum at the left, spine at the right."""
     u, v = _pose(a, size)
     depth = 0.58 + 0.25 * a.wall
-    sternum = -depth + 0.2 * ramp(-0.2 - v, 0.9) + 0.0 * v
+    sternum = -depth + 0.2 * ramp(-0.2 - v, 0.9)
     back = depth + 0.06 - 0.22 * ramp(-0.35 - v, 0.6)
     body = ramp(u - sternum + a.wall, 0.05) * ramp(back + a.wall - u, 0.05)
     arm = ramp(0.5 - np.abs(u + 0.12) - 0.4 * (v + 0.75), 0.1) * ramp(-0.66 - v, 0.24)

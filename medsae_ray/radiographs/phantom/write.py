@@ -43,8 +43,8 @@ class PhantomSettings:
     """Side in pixels."""
     seed: int = 0
     """Decides every patient; the stand-in encoder was trained on seed 1,000,003."""
-    format: str = "png"
-    """`png` (lossless) or `jpg` (quality 95, as CheXpert's own)."""
+    format: str = "jpg"
+    """`jpg` (quality 95; as CheXpert's own, and 8 times as fast to write) or `png` (lossless)."""
 
     def __post_init__(self) -> None:
         if self.images < 1:
@@ -149,7 +149,7 @@ def _render_one(task: tuple[_Image, Path, int]) -> list[dict[str, object]]:
     pixels, truth = render(image.study, image.view, size)
     file = folder / relative
     file.parent.mkdir(parents=True, exist_ok=True)
-    # PNG level 1: twice as fast to write as the default, for a few per cent in size.
+    # PNG level 1: half the time of the default, for a tenth more in size.
     Image.fromarray(pixels).save(file, compress_level=1, quality=95)
     image_id = f"phantom-{sha256(relative.encode()).hexdigest()[:16]}"
     return [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 from medsae_ray.encoders import load_encoder, preprocessing
@@ -87,6 +88,22 @@ def test_an_image_without_direction_is_left_out_of_the_shares() -> None:
     np.testing.assert_allclose(got.share_sum.sum(0), got.embedding[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 32, 33, 70])
+def test_batches_beyond_what_the_cpu_takes_at_once(n: int) -> None:
+    pixels = batch(3, n)
+    whole = TINY.embed(pixels)
+    singly = np.vstack([TINY.embed(pixels[i : i + 1]).embedding for i in range(n)])
+    np.testing.assert_allclose(whole.embedding, singly, rtol=0, atol=1e-6)
+
+
+def test_empty_batch() -> None:
+    got = TINY.embed(batch(0, 0), np.zeros(0, bool))
+    assert got.embedding.shape == (0, 5)
+    assert got.share_count == 0
+    assert got.share_sum is not None
+    assert not got.share_sum.any()
+
+
 def test_no_shares_unless_asked_for() -> None:
     got = TINY.embed(batch(0, 3))
     assert got.share_sum is None
@@ -113,9 +130,7 @@ def test_frozen() -> None:
     assert not any(parameter.requires_grad for parameter in TINY.parameters())
 
 
-def test_users_own_preprocessing_is_found_by_import_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_preprocessing_is_found_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_encoder.py").write_text(
         "import numpy as np\n"
         "from medsae_ray.encoders.base import PooledEncoder\n"
@@ -125,8 +140,6 @@ def test_users_own_preprocessing_is_found_by_import_path(
         "        return np.full((9, 9), image.width, np.uint8)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    from PIL import Image
-
     assert preprocessing("own_encoder:Own")(Image.new("L", (7, 3)))[0, 0] == 7
     sys.modules.pop("own_encoder")
 
