@@ -3,8 +3,8 @@
     python benchmarks/encoder.py [--device cuda] [--threads 2] [--batches 16 32]
 
 The bare forward is MedCLIP-ResNet-50 as transformers builds it (batch normalisations apart, random weights)
-on pixels already scaled; `embed` starts from uint8, has the normalisations folded in, and projects, normalises
-and adds up the positions' shares.
+on pixels already scaled; `embed` starts from uint8, has the normalisations folded in, and projects,
+normalises and adds up the positions' shares.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -47,26 +48,28 @@ def main() -> None:
 
     encoder = MedClipResNet50()
     bare = copy.deepcopy(encoder).to(arguments.device).eval()
-    bare_last = copy.deepcopy(bare).to(memory_format=torch.channels_last)
+    bare_last = copy.deepcopy(bare).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fold_batch_norms(encoder.eval().backbone)
     encoder.place(arguments.device, arguments.precision)
+    kind = torch.device(arguments.device).type
+
+    @torch.inference_mode()
+    def forward(network: MedClipResNet50, batch: torch.Tensor) -> None:
+        with torch.autocast(kind, torch.bfloat16, enabled=arguments.precision == "bfloat16"):
+            network.projection(network.feature_map(batch).mean((2, 3)))
+
     for n in arguments.batches:
         pixels = np.random.default_rng(0).integers(0, 256, (n, 224, 224), dtype=np.uint8)
         x = encoder.normalise(pixels).contiguous()
         x_last = x.contiguous(memory_format=torch.channels_last)
         mask = np.ones(n, bool)
 
-        def forward(network: MedClipResNet50, batch: torch.Tensor) -> None:
-            half = arguments.precision == "bfloat16"
-            with torch.inference_mode(), torch.autocast(arguments.device, torch.bfloat16, enabled=half):
-                network.projection(network.feature_map(batch).mean((2, 3)))
-
         seconds = best_seconds(
             {
-                "bare forward": lambda x=x: forward(bare, x),
-                "bare forward, channels last": lambda x=x_last: forward(bare_last, x),
-                "embed": lambda p=pixels: encoder.embed(p),
-                "embed with shares": lambda p=pixels, m=mask: encoder.embed(p, m),
+                "bare forward": partial(forward, bare, x),
+                "bare forward, channels last": partial(forward, bare_last, x_last),
+                "embed": partial(encoder.embed, pixels),
+                "embed with shares": partial(encoder.embed, pixels, mask),
             },
             arguments.repeats,
         )

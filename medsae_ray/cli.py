@@ -77,7 +77,10 @@ def parse_settings(command: str, arguments: list[str]) -> Settings:
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except argparse.ArgumentError as error:
-        raise InputError(_sentence(str(error), _keys())) from None
+        told = str(error)
+        if "parsing config" in told:
+            told = f"The settings file {_after(arguments, '--config')} is not YAML: {told}"
+        raise InputError(_sentence(told, _keys())) from None
     values = {f.name: parsed[f.name] for f in dataclasses.fields(Settings)}
     return Settings(**values)
 
@@ -98,6 +101,17 @@ def _parser(command: str) -> ArgumentParser:
     return parser
 
 
+def _after(arguments: list[str], flag: str) -> str:
+    """The value of the last `--flag VALUE` or `--flag=VALUE`."""
+    told = ""
+    for here, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if here == flag:
+            told = following
+        elif here.startswith(f"{flag}="):
+            told = here.partition("=")[2]
+    return told
+
+
 def _keys() -> list[str]:
     hints = get_type_hints(Settings)
     keys = []
@@ -112,7 +126,7 @@ def _sentence(message: str, keys: list[str]) -> str:
     """jsonargparse's message as one sentence that names the nearest known key."""
     unknown = re.search(r"unrecognized arguments: (?:--)?([\w.]+)", message)
     in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    top_level = re.search(r"(?:Key|Option|option) '([\w.]+)' is not expected", message)
+    top_level = re.search(r"Option '([\w.]+)' is not accepted", message)
     if unknown or in_group or top_level:
         key = (
             ".".join(in_group.groups()) if in_group else (unknown or top_level).group(1)  # type: ignore[union-attr]
@@ -142,3 +156,7 @@ def _weights(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise InputError("Name one checkpoint, a file or a folder: medsae weights [FILE].")
     print(weights.check(arguments[0]) if arguments else weights.describe())
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,7 @@ This tool does not download it. To fetch it yourself:
   1. Open medclip/medclip_resnet_weight.txt in that repository. Its one line is the address of a zip archive;
      when last looked at, https://storage.googleapis.com/pytrial/medclip-pretrained.zip
   2. Download and unpack the archive: it holds pytorch_model.bin, the whole image and text encoder.
-  3. Check it with `medsae weights FILE`, and note the SHA-256 that this prints: the authors publish none.
+  3. Check it with `medsae weights FILE`, and note the SHA-256 that this prints: the repository gives none.
 
 Terms: the repository's code is under the MIT licence; nothing is said there about the weights alone. They
 were trained on CheXpert and MIMIC-CXR, whose use agreements may bind you as well. For research, not for

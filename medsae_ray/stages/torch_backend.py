@@ -21,6 +21,6 @@ class WorkersTorchConfig(TorchConfig):
 
 
 class _WorkersTorchBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if len(worker_group) > 1:
             super().on_start(worker_group, backend_config)

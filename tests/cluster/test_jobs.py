@@ -1,0 +1,125 @@
+"""`ray job submit` of the shipped job scripts to a private cluster of two Ray nodes on this machine."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ENVIRONMENT, ROOT, SMALL
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Address of the dashboard of a head and a worker node; `ray stop` would end every Ray of the machine."""
+    port, dashboard = free_port(), free_port()
+    log = open(tmp_path_factory.mktemp("cluster") / "log", "wb")  # noqa: SIM115
+    environment = {
+        **ENVIRONMENT,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",
+    }
+    nodes = []
+
+    def start(*arguments: str) -> None:
+        command = [
+            RAY,
+            "start",
+            "--block",
+            "--disable-usage-stats",
+            "--object-store-memory",
+            "400000000",
+            *arguments,
+        ]
+        nodes.append(
+            subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        )
+
+    start(
+        "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1",
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    wait_for_nodes(address, 1)
+    start(f"--address=127.0.0.1:{port}", "--num-cpus=4")
+    wait_for_nodes(address, 2)
+    yield address
+    for node in nodes:
+        os.killpg(node.pid, signal.SIGKILL)
+    log.close()
+
+
+def wait_for_nodes(address: str, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        listed = subprocess.run(
+            [RAY, "list", "nodes", "--address", address, "--format", "json"],
+            capture_output=True, text=True, env=ENVIRONMENT, check=False,
+        )  # fmt: skip
+        try:
+            nodes = json.loads(listed.stdout)
+        except ValueError:
+            nodes = []
+        if sum(node["state"] == "ALIVE" for node in nodes) >= count:
+            return
+        time.sleep(1)
+    raise AssertionError(f"the cluster did not come to {count} nodes: {listed.stdout}{listed.stderr}")
+
+
+def submit(address: str, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", "python", *command],
+        capture_output=True, text=True, env=ENVIRONMENT, check=False,
+    )  # fmt: skip
+
+
+def test_a_submitted_pipeline_fills_the_run_folder(cluster, tmp_path):
+    run = tmp_path / "run"
+    done = submit(
+        cluster, "jobs/pipeline.py", "--config", "jobs/demo.yaml", "--run", str(run), *SMALL,
+        "--radiographs.phantom_images", "200",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "MedSAE summary" in done.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    embedded = pd.read_parquet(run / "embeddings", columns=["image_id"])["image_id"]
+    assert embedded.nunique() == len(embedded) == summary["radiographs"]["embedded"] == 200
+    assert len(pd.read_parquet(run / "neurons")) == 1024
+
+
+def test_a_relative_run_folder_is_refused(cluster):
+    done = submit(cluster, "jobs/pipeline.py", "--config", "jobs/demo.yaml")
+    assert done.returncode != 0
+    told = done.stdout + done.stderr
+    assert "Setting run is the relative path 'runs/demo'" in told
+    assert "absolute path" in told
+
+
+def test_cluster_yaml_is_valid():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    head = prepared["available_node_types"][prepared["head_node_type"]]
+    assert head["resources"]["CPU"] == 0
+    gpus = [t for t in prepared["available_node_types"].values() if t["resources"].get("GPU")]
+    assert gpus
+    assert all(0 <= t["min_workers"] < t["max_workers"] for t in gpus)
+    started = " ".join(prepared["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in started
+    assert "RAY_USAGE_STATS_ENABLED=0" in started
