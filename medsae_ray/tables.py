@@ -83,6 +83,20 @@ HISTORY = pa.schema(
 """A row is an evaluation of the SAE during training (`sae/history`); `dead` is a share in [0, 1]."""
 
 
+def positions_schema(embedding_dim: int) -> pa.Schema:
+    """A row is a position of the encoder's last feature map, row-major: its mean share of the embedding.
+
+    Share of position (i, j) of P: W f_ij / (P ‖e‖), averaged over the training split [embedding_dim]; over
+    the positions the shares sum to the mean training embedding.
+    """
+    return pa.schema(
+        [
+            pa.field("position", pa.int32(), nullable=False),
+            pa.field("share", pa.list_(pa.float64(), embedding_dim), nullable=False),
+        ]
+    )
+
+
 def embeddings_schema(embedding_dim: int) -> pa.Schema:
     """A row is an image: its embedding [embedding_dim], L2-normalised by the encoder, before centring."""
     return pa.schema(

@@ -7,7 +7,6 @@ a killed run goes on where it was, and every radiograph ends in `embeddings` or 
 from __future__ import annotations
 
 import functools
-import io
 import os
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +24,11 @@ from medsae_ray.run import Plan, Run, Staging
 from medsae_ray.stages.outcome import Outcome
 from medsae_ray.stages.radiographs import write_quarantine
 from medsae_ray.stages.resumable import write_resumable
-from medsae_ray.tables import QUARANTINE, embeddings_schema
+from medsae_ray.tables import QUARANTINE, embeddings_schema, positions_schema
 
 
 def embed(run: Run, settings: Settings) -> Outcome:
-    """Write `embeddings`, `quarantine/embed` and, in the notes, what the encoder and its embeddings are.
+    """Write `embeddings`, `positions` and `quarantine/embed`.
 
     Raises InputError for weights that cannot be used, and where more than `embed.max_bad_share` of the
     radiographs had to be quarantined.
@@ -85,7 +84,7 @@ def embed(run: Run, settings: Settings) -> Outcome:
     staging.delete("_rows")
     staging.delete("_ids")
     if split.position_mean is not None:
-        staging.write_bytes(_npy(split.position_mean), "position_mean.npy")
+        _write_positions(run, plan, split.position_mean)
     write_quarantine(run, plan, split.quarantine)
     manifest = staging.commit(
         rows_in=source.rows_out,
@@ -225,10 +224,13 @@ def _split_rows(staging: Staging, embedding_dim: int, rows_in: int) -> _Split:
     return split
 
 
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
+def _write_positions(run: Run, plan: Plan, mean: np.ndarray) -> None:
+    """Replace the `positions` table by the mean shares [P, d], beside the embeddings that `plan` makes."""
+    schema = positions_schema(mean.shape[1])
+    shares = pa.FixedSizeListArray.from_arrays(pa.array(mean.ravel()), mean.shape[1])
+    staging = run.restage(Plan(plan.stage, "positions", plan.settings, plan.inputs))
+    staging.write_table(pa.table([pa.array(np.arange(len(mean), dtype=np.int32)), shares], schema=schema))
+    staging.commit(rows_in=len(mean), rows_out=len(mean))
 
 
 def _counts(reasons: pa.ChunkedArray) -> dict[str, int]:

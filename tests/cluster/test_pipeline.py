@@ -15,12 +15,21 @@ from sklearn.metrics import roc_auc_score
 
 from medsae_ray.labels import LABELS
 from medsae_ray.measure import neurons_schema
-from medsae_ray.tables import ACTIVATIONS, HISTORY, QUARANTINE, RADIOGRAPHS, TRUTH, embeddings_schema
+from medsae_ray.tables import (
+    ACTIVATIONS,
+    HISTORY,
+    QUARANTINE,
+    RADIOGRAPHS,
+    TRUTH,
+    embeddings_schema,
+    positions_schema,
+)
 
 SCHEMAS = {
     "radiographs": RADIOGRAPHS,
     "truth": TRUTH,
     "embeddings": embeddings_schema(512),
+    "positions": positions_schema(512),
     "quarantine/radiographs": QUARANTINE,
     "quarantine/embed": QUARANTINE,
     "activations": ACTIVATIONS,
@@ -115,8 +124,10 @@ def test_measures_are_one_liners_of_scipy_and_sklearn(phantom_run, split, table,
 
 def test_the_mean_position_shares_sum_to_the_mean_training_embedding(phantom_run, split):
     _, x, _ = split("train")
-    shares = np.load(phantom_run.folder / "embeddings" / "position_mean.npy")
-    assert shares.shape[1] == 512
+    positions = pd.read_parquet(phantom_run.folder / "positions")
+    shares = np.stack(positions["share"])
+    assert list(positions["position"]) == list(range(49))
+    assert shares.std(0).max() > 0
     np.testing.assert_allclose(shares.sum(0), x.mean(0, dtype=np.float64), atol=1e-5)
 
 
