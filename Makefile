@@ -7,7 +7,7 @@ PEERS := .venv-peers
 TORCH := 2.13.0
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test lint peers real-tables clean
+.PHONY: demo test lint peers tables clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/medsae pipeline --config jobs/demo.yaml
@@ -33,6 +33,31 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call install_torch,$(VENV))
 	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[test,dev]'
 	touch $@
+
+# SAELens in an environment of its own: its pins are not ours.
+peers: $(PEERS)/.installed
+	PYTHONPATH=. $(PEERS)/bin/python -m pytest tests/peers
+
+$(PEERS)/.installed: constraints-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install $(PIP_FLAGS) --upgrade pip
+	$(call install_torch,$(PEERS))
+	$(PEERS)/bin/pip install $(PIP_FLAGS) -c constraints-peers.txt \
+		sae-lens numpy safetensors pyarrow scipy pytest pytest-timeout
+	touch $@
+
+# The real, whole label tables of CheXpert and NIH, out of the torchxrayvision package, for tests; not committed.
+TABLES := data/torchxrayvision
+tables: $(TABLES)/chexpert_train.csv.gz
+
+$(TABLES)/chexpert_train.csv.gz: | $(VENV)/.installed
+	$(VENV)/bin/pip download $(PIP_FLAGS) --no-deps --only-binary=:all: --dest data/unpacked torchxrayvision==1.5.7
+	$(VENV)/bin/python -m zipfile -e data/unpacked/torchxrayvision-1.5.7-py3-none-any.whl data/unpacked
+	mkdir -p $(TABLES)
+	mv data/unpacked/torchxrayvision/data/Data_Entry_2017_v2020.csv.gz $(TABLES)/
+	mv data/unpacked/torchxrayvision/data/chexpert_train.csv.gz $(TABLES)/
+	touch $@
+	rm -r data/unpacked
 
 clean:
 	rm -rf $(VENV) $(PEERS) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

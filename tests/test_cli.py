@@ -169,6 +169,7 @@ def test_a_relative_path_is_refused_in_a_submitted_job(key, tmp_path, capsys, mo
 
 
 def test_importing_the_package_starts_and_loads_nothing_heavy():
-    code = "import sys, medsae_ray.cli; print(sorted(sys.modules.keys() & {'ray', 'torch', 'transformers', 'vllm'}))"
+    heavy = "{'ray', 'torch', 'transformers', 'vllm'}"
+    code = f"import sys, medsae_ray.cli; print(sorted(sys.modules.keys() & {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -6,6 +6,7 @@ checkpoints of lowest selection score (paper.md, row "checkpoint"), and the best
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -124,6 +125,8 @@ def _train(
 
     from medsae_ray.stages.torch_backend import WorkersTorchConfig
 
+    # How long each report waits for the controller at most; Ray's default of 2 s outlasts a small epoch.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     chosen: FitSettings = loop_config["settings"]
     use_gpu = chosen.gpus_per_worker > 0
     resources = {"CPU": chosen.cpus_per_worker}
@@ -167,9 +170,12 @@ def train_loop(config: dict[str, Any]) -> None:
     import ray.train
     import torch
     import torch.distributed
+    from ray.train.v2._internal.execution.context import logger as report_log
 
     from medsae_ray.sae.step import TrainStep
 
+    # Named by its file, this logger escapes `LoggingConfig`: it would print every report in full.
+    report_log.setLevel(logging.WARNING)
     chosen: FitSettings = config["settings"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

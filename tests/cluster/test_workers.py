@@ -7,7 +7,7 @@ from conftest import SMALL, medsae
 
 def test_two_workers_fit_as_one(copy_of, tmp_path):
     run = copy_of("radiographs", "embeddings")
-    # 5 steps an epoch, 100 steps, every epoch told.
+    # 5 steps an epoch, 100 steps; the losses are means over every 5 of them.
     hundred = ("--fit.epochs", "20", "--fit.evaluate_every", "1", "--ray.cpus", "6")
     curves = []
     for workers in ("1", "2"):
