@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -163,8 +162,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=1_000_003, help="of the phantoms and of the training")
-    parser.add_argument("--images", type=int, default=24_000)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--workers", type=int, default=2, help="processes that render phantoms")
@@ -182,7 +181,8 @@ def main() -> None:
         key: (value.half() if value.is_floating_point() else value).contiguous()
         for key, value in encoder.state_dict().items()
     }
-    command = " ".join(["python", "standins/train_encoder.py", *sys.argv[1:]])
+    command = f"python standins/train_encoder.py --seed {args.seed} --images {args.images}"
+    command += f" --epochs {args.epochs} --batch {args.batch} --lr {args.lr}"
     metadata = {
         "stand_in": "true",
         "phantom_version": str(PHANTOM_VERSION),
@@ -190,6 +190,7 @@ def main() -> None:
         "training": command,
     }
     save_file(tensors, args.out, metadata)
+    args.out.chmod(0o644)  # safetensors makes it private
     shipped = StandInEncoder.load(str(args.out))
     print(f"{args.out.name}: {args.out.stat().st_size / 1e6:.2f} MB, SHA-256 {shipped.weights_sha256}")
     evaluate(shipped, args.workers)
