@@ -19,24 +19,14 @@ WORKER_ENVIRONMENT = (
 )
 
 
-STATE_MODULES = ("StateHead",)
-"""What of Ray's API server an embedded Ray always runs: Ray Train asks it for its actors' state."""
-DASHBOARD_MODULES = (
-    *STATE_MODULES,
-    "NodeHead",
-    "ReportHead",
-    "JobHead",
-    "MetricsHead",
-    "EventHead",
-    "TaskEventsHead",
-    "TrainHead",
-    "DataHead",
-)
-
-
 def in_submitted_job() -> bool:
     """Whether this process is the driver of a `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def on_cluster() -> bool:
+    """Whether there is a cluster to connect to: in its submitted job, or where `RAY_ADDRESS` names one."""
+    return in_submitted_job() or "RAY_ADDRESS" in os.environ
 
 
 def refuse_relative(key: str, path: str | None) -> None:
@@ -54,8 +44,7 @@ def start_ray(settings: RaySettings) -> None:
 
     Stages call this once they know that there is something to do.
     """
-    on_cluster = in_submitted_job() or "RAY_ADDRESS" in os.environ
-    if not on_cluster:
+    if not on_cluster():
         # As on macOS and Windows, Ray then stays on 127.0.0.1. Else it listens on the machine's outward
         # address, which it finds with a socket to a public name server. Read when Ray is imported.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -69,7 +58,7 @@ def start_ray(settings: RaySettings) -> None:
             },
             "logging_level": logging.WARNING,
         }
-        if on_cluster:
+        if on_cluster():
             ray.init(**shared)
         else:
             _start_embedded(settings, shared)
@@ -82,33 +71,22 @@ def start_ray(settings: RaySettings) -> None:
 
 def _start_embedded(settings: RaySettings, shared: dict[str, Any]) -> None:
     import ray
-    from ray._private import ray_constants, services
+    from ray._private import services
 
-    start_ray_process = services.start_ray_process
-
-    def start_quietly(command: list[str], process_type: str, *args: Any, **kwargs: Any) -> Any:
-        if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
-            modules = DASHBOARD_MODULES if settings.dashboard else STATE_MODULES
-            command = [part for part in command if not part.startswith("--modules-to-load")]
-            command.append(f"--modules-to-load={','.join(modules)}")
-        return start_ray_process(command, process_type, *args, **kwargs)
-
-    # Ray's API server loads the module that reports usage even where that is off: it then asks the cloud's
-    # metadata service where it is, and reports that it reports nothing.
-    services.start_ray_process = start_quietly
+    start_api_server = services.start_api_server
+    # Without a dashboard the API server has one task left: to report that usage statistics are off, for
+    # which it asks the cloud's metadata service where it is. (None, None) is what a failed start gives.
+    services.start_api_server = lambda *_, **__: (None, None)
     try:
-        context = ray.init(
+        ray.init(
             address="local",
             num_cpus=settings.cpus or os.cpu_count(),
             object_store_memory=int(settings.object_store_gib * 2**30),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
+            include_dashboard=False,
             **shared,
         )
     finally:
-        services.start_ray_process = start_ray_process
-    if settings.dashboard:
-        print(f"Ray dashboard: http://{context.dashboard_url}", flush=True)
+        services.start_api_server = start_api_server
 
 
 def stop_ray() -> None:

@@ -222,8 +222,6 @@ class RaySettings:
     """Logical CPUs of an embedded local Ray; at least 4, or Ray Data's own pools starve (0: all cores)."""
     object_store_gib: float = resource(2.0)
     """Object store of an embedded local Ray, in GiB."""
-    dashboard: bool = resource(False)
-    """Serve Ray's dashboard on this machine (http://127.0.0.1:8265) while an embedded local Ray runs."""
     progress: bool = resource(True)
     """Ray Data's progress bars."""
 

@@ -33,3 +33,8 @@ def run_stages(stages: tuple[str, ...], settings: Settings) -> None:
             print(stage_function(stage)(run, settings).line(), flush=True)
     finally:
         stop_ray()
+    print(
+        f"\nRun folder: {run.uri}\n"
+        f"Look at it next: `medsae status {settings.run}`, its summary.json, and its tables with any Parquet "
+        "reader (docs/architecture.md says what each column means)."
+    )

@@ -121,9 +121,8 @@ def _train(
         RunConfig,
         ScalingConfig,
     )
-    from ray.train.torch import TorchTrainer
 
-    from medsae_ray.stages.torch_backend import WorkersTorchConfig
+    from medsae_ray.stages.torch_backend import Trainer, WorkersTorchConfig
 
     # How long each report waits for the controller at most; Ray's default of 2 s outlasts a small epoch.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
@@ -132,7 +131,7 @@ def _train(
     resources = {"CPU": chosen.cpus_per_worker}
     if use_gpu:
         resources["GPU"] = chosen.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop,
         train_loop_config=loop_config,
         scaling_config=ScalingConfig(

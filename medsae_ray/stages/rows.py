@@ -49,6 +49,8 @@ def embeddings_of(run: Run, image_ids: pa.Array) -> ray.data.Dataset:
     rows = ray.data.read_parquet(run.files("embeddings"), filesystem=run.filesystem)
     wanted = ray.put(image_ids)
     keep = functools.partial(_keep, wanted=wanted)
+    # Read in an instant, and again by every worker: a bar for each would drown the training's own lines.
+    rows.context.enable_progress_bars = False
     return rows.map_batches(keep, batch_size=8192, batch_format="pyarrow").materialize()
 
 
