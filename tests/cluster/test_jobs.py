@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from conftest import ENVIRONMENT, ROOT, SMALL
+from commands import ENVIRONMENT, ROOT, SMALL
 
 RAY = str(Path(sys.executable).parent / "ray")
 

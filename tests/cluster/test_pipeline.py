@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from conftest import SMALL, medsae
+from commands import ROOT, SMALL, medsae
 from safetensors.numpy import load_file
 from scipy.stats import entropy, pearsonr
 from sklearn.metrics import roc_auc_score
@@ -199,8 +199,6 @@ def test_an_sae_of_another_width_is_refused(copy_of):
 
 
 def test_the_real_radiographs_all_are_accounted_for(tmp_path):
-    from conftest import ROOT
-
     root = ROOT.parent / "shared" / "radiographs" / "nih"
     if not root.is_dir():
         pytest.skip("the real radiographs (../shared/radiographs) are absent")

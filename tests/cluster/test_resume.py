@@ -1,6 +1,7 @@
 """Bad files are quarantined with their reason; a killed driver loses and repeats nothing."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL, medsae, start_medsae
+import torch
+from commands import SMALL, medsae, start_medsae
 from PIL import Image
 
 
@@ -109,25 +111,16 @@ def test_fit_killed_half_way_goes_on_from_its_last_checkpoint(copy_of, tmp_path)
     wait_for(lambda: len(list(checkpoints.glob("*/checkpoint_*/state.pt"))) >= 3, process)
     kill(process)
     time.sleep(5)
-    first = epochs_told(tmp_path / "first.log")
-    assert 10 <= max(first) < 300
+    states = [torch.load(path, weights_only=True) for path in checkpoints.glob("*/checkpoint_*/state.pt")]
+    last = max(state["epoch"] for state in states)
+    assert 10 <= last < 300
 
     done = medsae(*arguments)
-    second = epochs_told_in(done.stdout + done.stderr)
-    # The last report may have been lost with the driver, no more.
-    assert max(first) - 5 < min(second) <= max(first) + 10
+    told = [int(epoch) for epoch in re.findall(r"epoch +(\d+)/300", done.stdout + done.stderr)]
+    # A checkpoint may be on disk that the controller did not live to register: no more than that is redone.
+    assert min(told) - 5 in (last, last - 5)
     history = pd.read_parquet(run / "sae" / "history")
     valid = history[history["split"] == "valid"]
     assert list(valid["epoch"]) == list(range(5, 301, 5))
     assert valid["step"].is_monotonic_increasing
     assert valid["seconds"].is_monotonic_increasing
-
-
-def epochs_told(log):
-    return epochs_told_in(log.read_text())
-
-
-def epochs_told_in(text):
-    import re
-
-    return [int(epoch) for epoch in re.findall(r"epoch +(\d+)/300", text)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from conftest import SMALL, medsae
+from commands import SMALL, medsae
 
 
 def test_two_workers_fit_as_one(copy_of, tmp_path):

@@ -174,3 +174,14 @@ def test_takes_sparse_data_apart():
     # Most of the planted directions have a neuron of nearly their direction.
     cosine = np.abs(directions @ sae.W_dec.detach().numpy().T).max(1)
     assert np.mean(cosine > 0.95) > 0.8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_on_the_gpu_equals_one_on_the_cpu():
+    x, _ = sparse_data(256)
+    losses = []
+    for device in ("cpu", "cuda"):
+        step = train_step()
+        moved = TrainStep(step.sae.to(device), learning_rate=1e-3, sparsity_warmup_steps=20)
+        losses.append([float(moved.step(x.to(device), len(x)).loss) for _ in range(5)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)

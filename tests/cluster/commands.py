@@ -1,0 +1,41 @@
+"""The `medsae` command in a process of its own, as a user has it, for the tests that start Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MEDSAE = [sys.executable, "-m", "medsae_ray.cli"]
+ENVIRONMENT = {
+    **os.environ,
+    "RAY_AUTH_MODE": "disabled",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+SMALL = (
+    "--radiographs.phantom_images", "400", "--embed.encoder", "stand-in", "--embed.block_rows", "64",
+    "--fit.expansion", "2", "--fit.sparsity", "1e-2", "--fit.learning_rate", "2e-3", "--fit.batch_size", "64",
+    "--fit.epochs", "40", "--fit.evaluate_every", "10", "--fit.min_firing", "3", "--measure.min_firing", "3",
+    "--ray.progress", "false",
+)  # fmt: skip
+"""A pipeline that takes a minute: 400 phantoms, 1,024 neurons."""
+
+
+def medsae(*arguments: str, code: int = 0, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run `medsae` to its end and check its exit code."""
+    done = subprocess.run(
+        [*prefix, *MEDSAE, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == code, (
+        f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    )
+    return done
+
+
+def start_medsae(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+    """Start `medsae` and go on; its output goes to `log`."""
+    with open(log, "wb") as stream:
+        return subprocess.Popen([*MEDSAE, *arguments], stdout=stream, stderr=stream, env=ENVIRONMENT)
