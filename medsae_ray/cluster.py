@@ -65,6 +65,8 @@ def start_ray(settings: RaySettings) -> None:
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = settings.progress
     data.enable_operator_progress_bars = settings.progress and sys.stdout.isatty()
+    # The newer reader takes seconds to list one file, and its listing thread ends with a traceback.
+    data.use_datasource_v2 = False
     # A PIL image or other Python object in a column would silently be pickled.
     data.enable_fallback_to_arrow_object_ext_type = False
 
