@@ -43,9 +43,28 @@ def with_exit_code(work: object) -> None:
     """Run `work()`; an InputError becomes one sentence on stderr and exit code 2."""
     try:
         work()  # type: ignore[operator]
-    except InputError as error:
-        print(f"medsae: {error}", file=sys.stderr)
+    except Exception as error:
+        told = _sentence_of(error)
+        if told is None:
+            raise
+        print(f"medsae: {told}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _sentence_of(error: BaseException) -> str | None:
+    """What to tell of an error that the user caused; None for any other, which deserves its traceback."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return str(cause)
+        # Ray wraps what a worker raised.
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+        # Without the file's name: that of an image would name the patient.
+        return (
+            f"A folder or file cannot be used ({error.strerror}): check the run folder and radiographs.root."
+        )
+    return None
 
 
 def _dispatch(command: str, rest: list[str]) -> None:
@@ -74,10 +93,18 @@ def parse_settings(command: str, arguments: list[str]) -> Settings:
     Raises InputError naming the key that is unknown (with the nearest known one) or out of its range.
     """
     parser = _parser(command)
+    # `--overwrite` alone is enough.
+    following = [*arguments[1:], ""]
+    arguments = [
+        "--overwrite=true" if a == "--overwrite" and b.lower() not in ("true", "false") else a
+        for a, b in zip(arguments, following, strict=False)
+    ]
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except argparse.ArgumentError as error:
         told = str(error)
+        if "Unexpected config" in told:
+            told = f"The settings file {_after(arguments, '--config')} does not map stages to settings"
         if "parsing config" in told:
             told = f"The settings file {_after(arguments, '--config')} is not YAML: {told}"
         raise InputError(_sentence(told, _keys())) from None

@@ -26,16 +26,18 @@ def in_submitted_job() -> bool:
 
 def on_cluster() -> bool:
     """Whether there is a cluster to connect to: in its submitted job, or where `RAY_ADDRESS` names one."""
-    return in_submitted_job() or "RAY_ADDRESS" in os.environ
+    # An http address is the dashboard's, for `ray job submit` from this shell: no driver connects to it.
+    address = os.environ.get("RAY_ADDRESS", "")
+    return in_submitted_job() or (address != "" and not address.startswith("http"))
 
 
-def refuse_relative(key: str, path: str | None) -> None:
+def refuse_relative(key: str, path: str | None, or_uri: str = ", or a URI such as s3://bucket/run") -> None:
     """Raises InputError for a relative path in a submitted job, where it would be lost."""
     if in_submitted_job() and path is not None and "://" not in path and not os.path.isabs(path):
         raise InputError(
             f"Setting {key} is the relative path {path!r}, which in a submitted job would lie in Ray's "
             "temporary copy of the working directory and be lost: give an absolute path that all nodes "
-            "share, or a URI such as s3://bucket/run."
+            f"share{or_uri}."
         )
 
 
@@ -82,13 +84,31 @@ def _start_embedded(settings: RaySettings, shared: dict[str, Any]) -> None:
     try:
         ray.init(
             address="local",
-            num_cpus=settings.cpus or os.cpu_count(),
+            num_cpus=settings.cpus or max(4, os.cpu_count() or 1),
             object_store_memory=int(settings.object_store_gib * 2**30),
             include_dashboard=False,
             **shared,
         )
     finally:
         services.start_api_server = start_api_server
+
+
+def require_resources(key: str, wanted: dict[str, float]) -> None:
+    """Raises InputError where an embedded Ray can never give what `key` asks for: it would wait for ever.
+
+    A cluster is not asked: it may grow.
+    """
+    import ray
+
+    if on_cluster():
+        return
+    have = ray.cluster_resources()
+    for kind, amount in wanted.items():
+        if amount > have.get(kind, 0):
+            raise InputError(
+                f"Setting {key} asks for {amount:g} {kind} in all, but this Ray has "
+                f"{have.get(kind, 0):g}: lower it, or raise ray.cpus."
+            )
 
 
 def stop_ray() -> None:
@@ -103,4 +123,5 @@ def quieten_worker() -> None:
 
     Nothing is lost with them: the row is quarantined with its reason.
     """
-    logging.getLogger("ray.data._internal.planner.plan_download_op").setLevel(logging.ERROR)
+    for module in ("plan_download_op", "_obstore_download"):
+        logging.getLogger(f"ray.data._internal.planner.{module}").setLevel(logging.CRITICAL)

@@ -113,6 +113,9 @@ class EmbedSettings:
             self.encoders_min,
             "at least 1 and at most embed.encoders_max",
         )
+        _require(self.cpus_per_encoder > 0, "embed.cpus_per_encoder", self.cpus_per_encoder, "above 0")
+        _require(self.gpus_per_encoder >= 0, "embed.gpus_per_encoder", self.gpus_per_encoder, "0 or above")
+        _require(self.threads >= 0, "embed.threads", self.threads, "0 or above")
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,11 @@ class FitSettings:
         _require(0 <= self.fve_floor < 1, "fit.fve_floor", self.fve_floor, "in [0, 1)")
         _require(self.min_firing >= 1, "fit.min_firing", self.min_firing, "at least 1")
         _require(self.workers >= 1, "fit.workers", self.workers, "at least 1")
+        _require(self.cpus_per_worker > 0, "fit.cpus_per_worker", self.cpus_per_worker, "above 0")
+        _require(self.gpus_per_worker >= 0, "fit.gpus_per_worker", self.gpus_per_worker, "0 or above")
+        _require(self.threads >= 0, "fit.threads", self.threads, "0 or above")
+        _require(self.in_memory_gib >= 0, "fit.in_memory_gib", self.in_memory_gib, "0 or above")
+        _require(self.max_failures >= -1, "fit.max_failures", self.max_failures, "-1 (for ever) or above")
         _require(self.keep_checkpoints >= 1, "fit.keep_checkpoints", self.keep_checkpoints, "at least 1")
 
 
@@ -188,6 +196,7 @@ class EncodeSettings:
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "encode.batch_size", self.batch_size, "at least 1")
+        _require(self.cpus_per_task > 0, "encode.cpus_per_task", self.cpus_per_task, "above 0")
 
 
 @dataclass(frozen=True)
@@ -219,13 +228,15 @@ class RaySettings:
     """The Ray that the stages run on. In a submitted job Ray is there already and only `progress` counts."""
 
     cpus: int = resource(4)
-    """Logical CPUs of an embedded local Ray; at least 4, or Ray Data's own pools starve (0: all cores)."""
+    """Logical CPUs of an embedded local Ray; at least 4, or Ray Data's own pools starve (0: all cores, but
+    no fewer than 4)."""
     object_store_gib: float = resource(2.0)
     """Object store of an embedded local Ray, in GiB."""
     progress: bool = resource(True)
     """Ray Data's progress bars."""
 
     def __post_init__(self) -> None:
+        _require(self.cpus == 0 or self.cpus >= 4, "ray.cpus", self.cpus, "0 or at least 4")
         _require(self.object_store_gib >= 0.1, "ray.object_store_gib", self.object_store_gib, "at least 0.1")
 
 
@@ -236,13 +247,16 @@ class Settings:
     run: str = "runs/run"
     """The run folder: every table is written here. A local folder or a URI (s3://…, gs://…)."""
     overwrite: bool = False
-    """Replace a stage's output that other settings made, and what was made from it."""
+    """Make a stage's output again where other settings or inputs made it (what is up to date stays)."""
     radiographs: RadiographsSettings = RadiographsSettings()
     embed: EmbedSettings = EmbedSettings()
     fit: FitSettings = FitSettings()
     encode: EncodeSettings = EncodeSettings()
     measure: MeasureSettings = MeasureSettings()
     ray: RaySettings = RaySettings()
+
+    def __post_init__(self) -> None:
+        _require(bool(self.run.strip()), "run", self.run, "the path or URI of a folder")
 
 
 def fingerprinted(settings: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def run_stages(stages: tuple[str, ...], settings: Settings) -> None:
 
     refuse_relative("run", settings.run)
     refuse_relative("radiographs.root", settings.radiographs.root)
-    refuse_relative("embed.weights", settings.embed.weights)
+    refuse_relative("embed.weights", settings.embed.weights, or_uri="")
     run = Run(settings.run)
     try:
         for stage in stages:

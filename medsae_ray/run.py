@@ -137,11 +137,19 @@ class Run:
     def require(self, table: str, stage: str) -> Manifest:
         """The manifest of an input table.
 
-        Raises InputError naming the stage to run first.
+        Raises InputError naming the stage to run first, where the table is missing or was made from inputs
+        that were made again since: figures of two generations must not mix.
         """
         manifest = self.manifest(table)
         if manifest is None:
             raise InputError(f"The run {self.uri} has no table {table!r}: run `medsae {stage}` on it first.")
+        for name, fingerprint in manifest.inputs.items():
+            now = self.manifest(name)
+            if now is not None and now.fingerprint != fingerprint:
+                raise InputError(
+                    f"Table {table!r} of {self.uri} is stale, as {name!r} was made again since: run "
+                    f"`medsae {stage} --overwrite` on it first."
+                )
         return manifest
 
     def dataset(self, table: str, schema: pa.Schema | None = None) -> pads.FileSystemDataset:
@@ -157,7 +165,7 @@ class Run:
                 have = "is missing" if index < 0 else f"is {found.field(index).type}"
                 raise InputError(
                     f"Column {wanted.name!r} of table {table!r} in {self.uri} {have}, but {wanted.type} is "
-                    "needed: make the table again with --overwrite."
+                    "needed: delete the table's folder and run its stage again."
                 )
         return pads.dataset(files, filesystem=self.filesystem, format="parquet", schema=found)
 
@@ -173,6 +181,11 @@ class Run:
         if manifest is None:
             raise InputError(f"The run {self.uri} has no table {table!r}.")
         return [self.path(table, f["name"]) for f in manifest.files if f["name"].endswith(".parquet")]
+
+    def delete(self, table: str) -> None:
+        """Remove a table; fine where it is absent."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self.path(table))
 
     def read_bytes(self, *parts: str) -> bytes:
         """The content of one file of the run."""
@@ -314,12 +327,22 @@ class Staging:
     def finish_interrupted_commit(self) -> None:
         """Move a staged folder into place that had its manifest, hence was whole, when its driver died."""
         told = self.run._read_json(self.path(MANIFEST))
-        if told is not None and told["fingerprint"] == self.plan.fingerprint:
+        if told is None or told["fingerprint"] != self.plan.fingerprint:
+            return
+        done = self.run.manifest(self.plan.table)
+        copied = done is not None and done.finished == told["finished"]
+        if copied or {f["name"] for f in told["files"]} - set(self._file_sizes()):
+            # Only the clearing up was cut off; or it had begun, and what is left here is no whole table.
+            self.delete()
+        else:
             self._move_into_place()
 
     def _move_into_place(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.path(STARTED))
+        for folder in self.filesystem.get_file_info(pafs.FileSelector(self.folder)):
+            if folder.type == pafs.FileType.Directory and folder.base_name.startswith("_"):
+                self.delete(folder.base_name)
         target = self.run.path(self.plan.table)
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_dir(target)
@@ -332,7 +355,15 @@ class Staging:
             destination = posixpath.join(target, name)
             self.filesystem.create_dir(posixpath.dirname(destination), recursive=True)
             self.filesystem.copy_file(self.path(name), destination)
+        self.filesystem.delete_file(self.path(MANIFEST))
         self.delete()
+
+    def spoilt(self, what: str) -> RuntimeError:
+        """Remove what is staged and give the error to raise: the next run of the stage starts afresh."""
+        self.delete()
+        return RuntimeError(
+            f"{what}; the half done {self.plan.table} is removed: run `medsae {self.plan.stage}` again."
+        )
 
     def _file_sizes(self) -> dict[str, int]:
         """Name (relative) to bytes of every staged file that belongs to the table."""
@@ -352,7 +383,13 @@ class Staging:
         return described
 
     def _write_json(self, name: str, told: dict[str, Any]) -> None:
-        self.write_bytes(json.dumps(told, indent=1, default=str).encode(), name)
+        content = json.dumps(told, indent=1, default=str).encode()
+        if not self.run.is_local:
+            self.write_bytes(content, name)
+            return
+        # An object store shows a file when it is whole; a local one would show half of it after a kill.
+        self.write_bytes(content, f"{name}.new")
+        self.filesystem.move(self.path(f"{name}.new"), self.path(name))
 
 
 def table_digest(table: pa.Table) -> str:

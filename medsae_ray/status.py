@@ -44,6 +44,7 @@ def _state(manifest: Manifest, manifests: dict[str, Manifest]) -> str:
     stale = [
         name
         for name, fingerprint in manifest.inputs.items()
-        if name in manifests and manifests[name].fingerprint != fingerprint
+        if name in manifests
+        and (manifests[name].fingerprint != fingerprint or _state(manifests[name], manifests) != "fresh")
     ]
     return f"stale ({', '.join(stale)} changed)" if stale else "fresh"

@@ -58,6 +58,7 @@ def summarise(run: Run) -> dict[str, Any]:
     return {
         "dataset": listed.notes["dataset"],
         "splits": listed.notes["splits"],
+        "images": {name: notes[name]["n_images"] for name in ("test", "valid", "train")},
         "patients": {name: notes[name]["n_patients"] for name in ("test", "valid")},
         "radiographs": {
             "table_rows": listed.rows_in,
@@ -98,7 +99,7 @@ def as_text(summary: dict[str, Any]) -> str:
         "",
         f"MedSAE summary: {summary['dataset']}, {radiographs['embedded']:,} radiographs embedded, "
         f"{radiographs['quarantined']:,} quarantined, {radiographs['refused']:,} refused; "
-        f"test split {summary['splits'].get('test', 0):,} images of {summary['patients']['test']:,} patients",
+        f"test split {summary['images']['test']:,} images of {summary['patients']['test']:,} patients",
     ]
     lines += [f"  quarantined {count:>6,}  {reason}" for reason, count in radiographs["reasons"].items()]
     if summary["stand_ins"]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from medsae_ray.cli import main, parse_settings
+from medsae_ray.cli import main, parse_settings, with_exit_code
 from medsae_ray.config import Settings, fingerprinted
 from medsae_ray.errors import InputError
 from medsae_ray.labels import LABELS
+from medsae_ray.run import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +42,8 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
         (["--fit.epochs", "many"], "", r"fit.epochs"),
         (["--embed.precision", "float16"], "", r"embed.precision"),
         ([], "fit: [1, 2", r"settings.yaml"),
+        ([], "fit:", r"settings.yaml does not map stages to settings"),
+        (["--ray.cpus", "2"], "", r"ray.cpus is 2, but it must be 0 or at least 4"),
     ],
 )
 def test_a_bad_setting_is_one_sentence(tmp_path, arguments, text, sentence):
@@ -156,6 +159,46 @@ def test_commands_and_stages_out_of_order(tmp_path, capsys):
     assert "radiographs.root is missing" in refusal(
         capsys, "radiographs", "--run", str(tmp_path), "--radiographs.dataset", "nih"
     )
+
+
+def test_overwrite_needs_no_value():
+    assert parse_settings("fit", ["--overwrite"]).overwrite
+    assert parse_settings("fit", ["--overwrite", "--fit.epochs", "3"]).overwrite
+    assert not parse_settings("fit", ["--overwrite", "false"]).overwrite
+    assert not parse_settings("fit", []).overwrite
+
+
+def test_an_error_of_a_worker_is_told_as_its_sentence(capsys):
+    def work():
+        try:
+            raise InputError("This is wrong.")
+        except InputError as error:
+            raise RuntimeError("a worker failed") from error
+
+    with pytest.raises(SystemExit) as ended:
+        with_exit_code(work)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "medsae: This is wrong.\n"
+    with pytest.raises(ZeroDivisionError):
+        with_exit_code(lambda: 1 / 0)
+
+
+def test_limit_keeps_the_first_ids_of_the_split_table(tmp_path, capsys):
+    rows = [f"{i}.png,p{i},{i % 2}" for i in range(200)]
+    (tmp_path / "radiographs.csv").write_text("\n".join(["path,patient_id,Edema", *rows, ",p7,1"]) + "\n")
+    flags = ("--radiographs.dataset", "folder", "--radiographs.root", str(tmp_path))
+    for run, limit in (("whole", []), ("few", ["--radiographs.limit", "50"])):
+        main(["radiographs", "--run", str(tmp_path / run), *flags, *limit])
+    whole, few = (Run(str(tmp_path / run)).read("radiographs") for run in ("whole", "few"))
+    assert whole.num_rows == 200
+    assert few.equals(whole.slice(0, 50))
+    assert Run(str(tmp_path / "few")).manifest("radiographs").quarantined == 1
+
+
+def test_an_unusable_run_folder_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    told = refusal(capsys, "radiographs", "--run", str(tmp_path / "file" / "run"))
+    assert "cannot be used" in told
 
 
 @pytest.mark.parametrize("key", ["run", "radiographs.root", "embed.weights"])

@@ -1,5 +1,6 @@
 """Runs: manifests, fingerprints, all-or-nothing tables, on a local folder and on an fsspec file system."""
 
+import dataclasses
 import json
 
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pytest
 
 from medsae_ray.errors import InputError
 from medsae_ray.run import MANIFEST, PARTIAL, Plan, Run, table_digest
+from medsae_ray.status import _state
 
 TABLE = pa.table({"image_id": ["a", "b"], "value": [1.0, 2.0]})
 
@@ -77,6 +79,38 @@ def test_a_commit_that_was_cut_off_is_finished_by_the_next_call(run, monkeypatch
     assert run.manifest("embeddings") is None
     assert run.begin(plan()) is None
     assert run.read("embeddings").equals(TABLE)
+
+
+def test_a_commit_cut_off_while_clearing_up_keeps_the_table(run):
+    staging = run.begin(plan())
+    staging.write_table(TABLE)
+    told = staging.commit(rows_in=2, rows_out=2)
+    # What a kill in the middle of deleting the staged copy leaves: its manifest, not its files.
+    run.filesystem.create_dir(staging.folder, recursive=True)
+    staging._write_json(MANIFEST, dataclasses.asdict(told))
+    assert run.begin(plan()) is None
+    assert run.read("embeddings").equals(TABLE)
+    assert run.manifest("embeddings") == told
+
+
+def test_an_input_made_again_since_is_refused_as_stale(run):
+    first = commit(run, plan())
+    child = Plan("fit", "sae", {}, {"embeddings": first.fingerprint})
+    staging = run.begin(child)
+    staging.write_table(TABLE)
+    staging.commit(rows_in=2, rows_out=2)
+    grandchild = Plan("encode", "activations", {}, {"sae": child.fingerprint})
+    staging = run.begin(grandchild)
+    staging.write_table(TABLE)
+    staging.commit(rows_in=2, rows_out=2)
+    assert run.require("sae", "fit").table == "sae"
+    commit(run, plan(size=2), overwrite=True)
+    with pytest.raises(InputError, match=r"'sae' of .* is stale, as 'embeddings' was made again since"):
+        run.require("sae", "fit")
+    told = {m.table: _state(m, {n.table: n for n in run.manifests()}) for m in run.manifests()}
+    assert told["embeddings"] == "fresh"
+    assert told["sae"] == "stale (embeddings changed)"
+    assert told["activations"] == "stale (sae changed)"
 
 
 def test_working_files_are_not_part_of_the_table(run):

@@ -21,14 +21,12 @@ def read_radiographs(
     split: str = "patient",
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 0,
-    limit: int | None = None,
 ) -> Radiographs:
     """Read the tables of a data set; the images themselves are not opened, nor looked for one by one.
 
     `dataset`: "chexpert", "nih", "folder" (a folder with a CSV), or "phantom" (laid out like CheXpert).
     `root`: its folder, a local path or a URI. `table`: another name of the CSV, for nih and folder.
     `split`: "patient" or "official", and `fractions` (train, valid, test) with `seed`: see the readers.
-    `limit`: keep only the first so many images in the order of their ids, after splitting: a quick look.
 
     Raises InputError for a setting or a table that cannot be used.
     """
@@ -36,14 +34,11 @@ def read_radiographs(
         raise InputError(f"radiographs.dataset is {dataset!r}: it must be one of {', '.join(DATASETS)}")
     if split not in ("patient", "official"):
         raise InputError(f"radiographs.split is {split!r}: it must be patient or official")
-    if limit is not None and limit < 1:
-        raise InputError(f"radiographs.limit is {limit}: it must be at least 1")
     if dataset == "nih":
-        read = read_nih(root, table=table, split=split, fractions=fractions, seed=seed)
+        return read_nih(root, table=table, split=split, fractions=fractions, seed=seed)
     elif dataset == "folder":
-        read = read_folder(root, table=table, split=split, fractions=fractions, seed=seed)
+        return read_folder(root, table=table, split=split, fractions=fractions, seed=seed)
     elif table is not None:
         raise InputError(f"radiographs.table is {table!r}: {dataset} has tables of fixed names, leave it out")
     else:
-        read = read_chexpert(root, dataset=dataset, split=split, fractions=fractions, seed=seed)
-    return read if limit is None else read._replace(table=read.table.slice(0, limit))
+        return read_chexpert(root, dataset=dataset, split=split, fractions=fractions, seed=seed)

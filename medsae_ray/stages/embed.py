@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medsae_ray.cluster import start_ray
+from medsae_ray.cluster import require_resources, start_ray
 from medsae_ray.config import EmbedSettings, Settings, fingerprinted
 from medsae_ray.encoders import load_encoder, preprocessing
 from medsae_ray.errors import InputError
 from medsae_ray.radiographs.decode import DecodeError, decode
-from medsae_ray.run import Plan, Run, Staging
+from medsae_ray.run import Plan, Run, Staging, open_filesystem
 from medsae_ray.stages.outcome import Outcome
 from medsae_ray.stages.radiographs import write_quarantine
 from medsae_ray.stages.resumable import write_resumable
@@ -48,6 +49,11 @@ def embed(run: Run, settings: Settings) -> Outcome:
         return Outcome(run.require("embeddings", "embed"), ran=False)
 
     start_ray(settings.ray)
+    # One more for the tasks that read, download and write.
+    cpus = chosen.encoders_min * chosen.cpus_per_encoder + 1
+    require_resources(
+        "embed.encoders_min", {"CPU": cpus, "GPU": chosen.encoders_min * chosen.gpus_per_encoder}
+    )
     import ray
     from ray.data.expressions import download
 
@@ -79,18 +85,20 @@ def embed(run: Run, settings: Settings) -> Outcome:
         raise InputError(
             f"{quarantined} of {source.rows_out} radiographs cannot be used (the first: "
             f"{split.quarantine['reason'][0].as_py()}), more than embed.max_bad_share = "
-            f"{chosen.max_bad_share} allows: mend the files and start with --overwrite, or raise the share."
+            f"{chosen.max_bad_share} allows: raise the share, or mend the files, delete _partial/embeddings "
+            "in the run folder and start again."
         )
-    staging.delete("_rows")
-    staging.delete("_ids")
+    stand_ins = [f"encoder {encoder.name}"] if encoder.stand_in else []
     if split.position_mean is not None:
-        _write_positions(run, plan, split.position_mean)
+        _write_positions(run, plan, split.position_mean, stand_ins)
+    else:
+        run.delete("positions")
     write_quarantine(run, plan, split.quarantine)
     manifest = staging.commit(
         rows_in=source.rows_out,
         rows_out=split.rows,
         quarantined=quarantined,
-        stand_ins=[f"encoder {encoder.name}"] if encoder.stand_in else [],
+        stand_ins=stand_ins,
         notes={
             "encoder": encoder.name,
             "weights_sha256": encoder.weights_sha256,
@@ -106,11 +114,36 @@ def embed(run: Run, settings: Settings) -> Outcome:
 def decode_batch(batch: pa.Table, *, encoder: str, max_pixels: int) -> pa.Table:
     """A batch with `bytes` → the same rows with `pixels` (uint8, raw, or null) and `reason` (or null)."""
     to_pixels = preprocessing(encoder)
-    decoded = [_decode_one(content.as_py(), to_pixels, max_pixels) for content in batch["bytes"]]
+    contents = [
+        content.as_py() if content.is_valid else _read_again(image_id.as_py(), uri.as_py())
+        for image_id, uri, content in zip(batch["image_id"], batch["uri"], batch["bytes"], strict=True)
+    ]
+    decoded = [_decode_one(content, to_pixels, max_pixels) for content in contents]
     return (
         batch.drop_columns(["bytes"])
         .append_column("pixels", pa.array([pixels for pixels, _ in decoded], pa.binary()))
         .append_column("reason", pa.array([reason for _, reason in decoded], pa.string()))
+    )
+
+
+def _read_again(image_id: str, uri: str) -> bytes | None:
+    """The bytes of a file that Ray Data's download gave up on, or None where it is not there or not ours.
+
+    The download tells no reason: a service that throttles or times out must not put a radiograph into
+    quarantine for good. Raises OSError, without the path, where the file stays out of reach.
+    """
+    for pause in (0.5, 2.0, 8.0, 0.0):
+        try:
+            filesystem, path = open_filesystem(uri)
+            with filesystem.open_input_stream(path) as stream:
+                return stream.read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, InputError):
+            return None
+        except OSError as error:
+            kind = type(error).__name__
+        time.sleep(pause)
+    raise OSError(
+        f"Radiograph {image_id} cannot be read ({kind}) and may be there: run the stage again later."
     )
 
 
@@ -203,7 +236,7 @@ def _split_rows(staging: Staging, embedding_dim: int, rows_in: int) -> _Split:
             rows = pq.read_table(path, filesystem=staging.filesystem)
             digests = [int(i.rpartition("-")[2], 16) for i in rows["image_id"].to_pylist()]
             if seen + len(digests) > rows_in:
-                raise RuntimeError("more embedded rows than radiographs: the id checkpoint wrote a row twice")
+                raise staging.spoilt(f"more than {rows_in} rows came out for {rows_in} radiographs")
             ids[seen : seen + len(digests)] = digests
             seen += len(digests)
             bad = rows.filter(pa.compute.is_valid(rows["reason"]))
@@ -217,20 +250,20 @@ def _split_rows(staging: Staging, embedding_dim: int, rows_in: int) -> _Split:
                     share_sum = share_sum + np.frombuffer(content.as_py(), np.float64)
                     share_count += count.as_py()
     if seen != rows_in or len(np.unique(ids[:seen])) != rows_in:
-        raise RuntimeError(f"{rows_in} radiographs went in but {seen} rows came out")
+        raise staging.spoilt(f"{seen} rows came out for {rows_in} radiographs")
     split.quarantine = pa.concat_tables(quarantined).sort_by("image_id")
     if share_count:
         split.position_mean = (share_sum / share_count).reshape(-1, embedding_dim)
     return split
 
 
-def _write_positions(run: Run, plan: Plan, mean: np.ndarray) -> None:
+def _write_positions(run: Run, plan: Plan, mean: np.ndarray, stand_ins: list[str]) -> None:
     """Replace the `positions` table by the mean shares [P, d], beside the embeddings that `plan` makes."""
     schema = positions_schema(mean.shape[1])
     shares = pa.FixedSizeListArray.from_arrays(pa.array(mean.ravel()), mean.shape[1])
     staging = run.restage(Plan(plan.stage, "positions", plan.settings, plan.inputs))
     staging.write_table(pa.table([pa.array(np.arange(len(mean), dtype=np.int32)), shares], schema=schema))
-    staging.commit(rows_in=len(mean), rows_out=len(mean))
+    staging.commit(rows_in=len(mean), rows_out=len(mean), stand_ins=stand_ins)
 
 
 def _counts(reasons: pa.ChunkedArray) -> dict[str, int]:

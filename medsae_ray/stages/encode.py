@@ -71,15 +71,17 @@ def encode(run: Run, settings: Settings) -> Outcome:
     )
     write_resumable(encoded, staging, id_column="image_id")
     rows = 0
+    ids: set[int] = set()
     with staging.writer(ACTIVATIONS, "part-00000.parquet") as writer:
         for path in staging.data_files("_rows"):
             part = pq.read_table(path, filesystem=staging.filesystem).cast(ACTIVATIONS)
             writer.write_table(part)
             rows += part.num_rows
-    if rows != embeddings.rows_out:
-        raise RuntimeError(f"{embeddings.rows_out} embeddings went in but {rows} rows came out")
-    staging.delete("_rows")
-    staging.delete("_ids")
+            ids.update(int(i[-16:], 16) for i in part["image_id"].to_pylist())
+    if not rows == len(ids) == embeddings.rows_out:
+        raise staging.spoilt(
+            f"{rows} rows of {len(ids)} images came out for {embeddings.rows_out} embeddings"
+        )
     manifest = staging.commit(
         rows_in=embeddings.rows_out, rows_out=rows, notes={"n_neurons": sae.config.n_neurons}
     )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from medsae_ray.cluster import start_ray
+from medsae_ray.cluster import require_resources, start_ray
 from medsae_ray.config import FitSettings, Settings, fingerprinted
 from medsae_ray.errors import InputError
 from medsae_ray.measure import LabelPolicy
@@ -52,6 +52,8 @@ def fit(run: Run, settings: Settings) -> Outcome:
         return Outcome(run.require("sae", "fit"), ran=False)
 
     start_ray(settings.ray)
+    cpus, gpus = chosen.workers * chosen.cpus_per_worker, chosen.workers * chosen.gpus_per_worker
+    require_resources("fit.workers", {"CPU": cpus, "GPU": gpus})
     train, valid = split_rows(run, "train"), split_rows(run, "valid")
     for name, rows in (("train", train), ("valid", valid)):
         if not len(rows.image_ids):
@@ -64,7 +66,7 @@ def fit(run: Run, settings: Settings) -> Outcome:
         "n_train": len(train.image_ids),
         "valid_labels": policy.apply(valid.labels),
         "in_memory": source.notes["embedding_dim"] * 4 * len(train.image_ids) <= chosen.in_memory_gib * 2**30,
-        "tensorboard": staging.path("tensorboard") if run.is_local else None,
+        "tensorboard": (run.uri, staging.path("tensorboard")),
     }
     best, history = _train(run, staging, plan, loop_config, train.image_ids, valid.image_ids)
     _export(staging, best, normaliser, source.stand_ins)
@@ -216,9 +218,11 @@ def train_loop(config: dict[str, Any]) -> None:
             losses = dict(
                 zip(("loss", "reconstruction", "sparsity"), (totals / n_steps).tolist(), strict=True)
             )
-            judged = _judge(sae, valid, config)
+            judged, density = _judge(sae, valid, config)
             history += [{**told, "split": "train", **losses}, {**told, "split": "valid", **judged}]
-            _tell(config["tensorboard"], history[-2:], chosen.epochs)
+            _tell(history[-2:], chosen.epochs)
+            run_uri, folder = config["tensorboard"]
+            _write_events(run_uri, folder, history[-2:], density)
             metrics, made = judged, {
                 "step": step.state_dict(), "epoch": epoch + 1, "history": history, "seconds": seconds
             }  # fmt: skip
@@ -280,8 +284,8 @@ def _tables(name: str) -> Iterator[pa.Table]:
     yield from ray.train.get_dataset_shard(name).iter_batches(batch_size=8192, batch_format="pyarrow")
 
 
-def _judge(sae: Any, valid: Any, config: dict[str, Any]) -> dict[str, float]:
-    """The validation figures of one evaluation, with its selection score."""
+def _judge(sae: Any, valid: Any, config: dict[str, Any]) -> tuple[dict[str, float], np.ndarray]:
+    """The validation figures of one evaluation, with its selection score, and the neurons' densities [m]."""
     import torch
 
     from medsae_ray.sae.evaluate import evaluate, selection_score
@@ -289,7 +293,7 @@ def _judge(sae: Any, valid: Any, config: dict[str, Any]) -> dict[str, float]:
     chosen: FitSettings = config["settings"]
     y, known = (torch.tensor(array) for array in config["valid_labels"])
     judged = evaluate(sae, valid, labels=(y, known), min_firing=chosen.min_firing)
-    return {
+    figures = {
         "fve": judged.fve,
         "l0": judged.l0,
         "dead": judged.dead,
@@ -299,10 +303,11 @@ def _judge(sae: Any, valid: Any, config: dict[str, Any]) -> dict[str, float]:
         "reconstruction": judged.reconstruction,
         "sparsity": judged.sparsity,
     }
+    return figures, judged.density
 
 
-def _tell(tensorboard: str | None, rows: list[dict[str, Any]], epochs: int) -> None:
-    """One line on the console and the same figures as TensorBoard events."""
+def _tell(rows: list[dict[str, Any]], epochs: int) -> None:
+    """One line on the console."""
     train, valid = rows
     # Not print: Ray Train patches it to log the line a second time.
     sys.stdout.write(
@@ -311,15 +316,24 @@ def _tell(tensorboard: str | None, rows: list[dict[str, Any]], epochs: int) -> N
         f"{valid['seconds']:.0f} s\n"
     )
     sys.stdout.flush()
-    if tensorboard is None:
-        return
+
+
+def _write_events(run_uri: str, folder: str, rows: list[dict[str, Any]], density: np.ndarray) -> None:
+    """The same figures, and the densities of living neurons, as a TensorBoard event file in the run."""
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(tensorboard, filename_suffix=f".{valid['step']}") as writer:
-        for row in rows:
-            for name, value in row.items():
-                if name not in ("epoch", "step", "split"):
-                    writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+    with tempfile.TemporaryDirectory() as local:
+        with SummaryWriter(local, filename_suffix=f".{rows[-1]['step']}") as writer:
+            for row in rows:
+                for name, value in row.items():
+                    if name not in ("epoch", "step", "split"):
+                        writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+            writer.add_histogram("valid/log10_density", np.log10(density[density > 0]), rows[-1]["step"])
+        filesystem = Run(run_uri).filesystem
+        filesystem.create_dir(folder, recursive=True)
+        for file in Path(local).iterdir():
+            with filesystem.open_output_stream(f"{folder}/{file.name}") as stream:
+                stream.write(file.read_bytes())
 
 
 def _new_sae(config: dict[str, Any]) -> Any:

@@ -66,7 +66,7 @@ def measure(run: Run, settings: Settings) -> Outcome:
         rebuilt = _reconstruction(embedded.values, fired.values, *weights)
         notes[split] = {
             "n_images": rebuilt.n_images,
-            "n_patients": splits.n_patients[split],
+            "n_patients": len(np.unique(labels_of(splits.radiographs, fired.image_ids)[1])),
             "fve": rebuilt.fve,
             "l0": rebuilt.l0,
             "dead": float(rebuilt.dead.mean()),
@@ -115,12 +115,6 @@ class _Splits:
             split = self._split_of(batch)
             for name, raw in self.embeddings.items():
                 raw.update(batch.filter(pc.equal(split, name)))
-        self.n_patients = {
-            name: pc.count_distinct(
-                self.radiographs.filter(pc.equal(self.radiographs["split"], name))["patient_id"]
-            ).as_py()
-            for name in self.activations
-        }
 
     def _split_of(self, batch: pa.RecordBatch) -> pa.ChunkedArray:
         rows = pc.index_in(batch["image_id"], value_set=self.radiographs["image_id"].combine_chunks())

@@ -36,9 +36,10 @@ def radiographs(run: Run, settings: Settings) -> Outcome:
             1 - chosen.train_fraction - chosen.valid_fraction,
         ),
         seed=chosen.seed,
-        limit=chosen.limit,
     )
     rows_in = read.table.num_rows + read.refused.num_rows
+    # Cut after counting: the share refused is one of the whole table.
+    read = read._replace(table=read.table.slice(0, chosen.limit))
     _check(read, rows_in, chosen.max_refused_share)
 
     plan = Plan(
@@ -93,6 +94,10 @@ def _make_phantoms(root: str, settings: Settings) -> str:
     from medsae_ray.radiographs.phantom import PhantomSettings, write_phantoms
 
     chosen = settings.radiographs
+    if "://" in root:
+        raise InputError(
+            f"Setting radiographs.root is {root!r}, but phantoms are written to a folder: give a path."
+        )
     wanted = PhantomSettings(images=chosen.phantom_images, size=chosen.phantom_size, seed=chosen.phantom_seed)
     return str(write_phantoms(Path(root), wanted))
 

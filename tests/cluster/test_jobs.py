@@ -50,7 +50,7 @@ def cluster(tmp_path_factory):
         )
 
     start(
-        "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+        "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1",
     )  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"

@@ -59,9 +59,14 @@ def test_each_bad_file_is_quarantined_with_its_reason(spoilt, tmp_path):
     assert "10 of 500 radiographs cannot be used" in done.stderr
     assert "embed.max_bad_share = 0.01" in done.stderr
 
-    # Raising the share takes up the work that is on disk.
-    done = medsae(*arguments)
+    # Raising the share takes up the work that is on disk; the pipeline then ends well.
+    small = [*SMALL, "--radiographs.phantom_images", "500", "--radiographs.root", str(source / "phantoms")]
+    done = medsae("pipeline", "--run", str(run), *small, "--embed.block_rows", "256")
     assert f"{n - 10} rows, 10 quarantined" in done.stdout
+    assert "500 rows, up to date" in done.stdout
+    assert "490 radiographs embedded, 10 quarantined" in done.stdout
+    assert re.search(r"quarantined +3  missing or unreadable file", done.stdout)
+    assert not re.search(r"patient\d{5}", done.stdout + done.stderr)
     quarantine = pd.read_parquet(run / "quarantine" / "embed").set_index("image_id")
     reasons = quarantine["reason"]
     assert sorted(quarantine.index) == sorted(bad)
