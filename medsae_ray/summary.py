@@ -108,12 +108,12 @@ def as_text(summary: dict[str, Any]) -> str:
         )
     if summary["dataset"] == "phantom":
         lines.append("SYNTHETIC RADIOGRAPHS: these figures say nothing about patients.")
-    lines += ["", f"{'figure (test split)':<44}{'ours':>9}{'floor':>9}{'n':>8}{'paper':>9}"]
+    lines += ["", f"{'figure (test split)':<50}{'ours':>9}{'floor':>9}{'n':>8}{'paper':>9}"]
 
     def row(name: str, key: str, paper: float | None, *, share: bool = False) -> str:
         floor = value.get(key.replace("entropy_", "entropy_floor_", 1)) if key.startswith("entropy") else None
         shown = [_number(value[key], share), "" if floor is None else _number(floor, False)]
-        return f"{name:<44}{shown[0]:>9}{shown[1]:>9}{n[key]:>8,}{_number(paper, share):>9}"
+        return f"{name:<50}{shown[0]:>9}{shown[1]:>9}{n[key]:>8,}{_number(paper, share):>9}"
 
     lines += [
         row("fraction of variance explained (FVE)", "fve", PAPER["fve"]),
