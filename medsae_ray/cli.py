@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import re
 import sys
+from collections.abc import Callable, Iterable
 from typing import get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -39,10 +40,10 @@ def job(command: str) -> None:
     with_exit_code(lambda: _dispatch(command, sys.argv[1:]))
 
 
-def with_exit_code(work: object) -> None:
+def with_exit_code(work: Callable[[], object]) -> None:
     """Run `work()`; an InputError becomes one sentence on stderr and exit code 2."""
     try:
-        work()  # type: ignore[operator]
+        work()
     except Exception as error:
         told = _sentence_of(error)
         if told is None:
@@ -162,8 +163,8 @@ def _sentence(message: str, keys: list[str]) -> str:
     return " ".join(message.split()).rstrip(".") + "."
 
 
-def _nearest(word: str, known: object) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)  # type: ignore[call-overload]
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
