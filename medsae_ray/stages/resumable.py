@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 from medsae_ray.run import Staging
@@ -18,7 +17,6 @@ def write_resumable(dataset: ray.data.Dataset, staging: Staging, id_column: str)
     that is kept or lost. Ray commits a block's ids in two phases around its file, so after any number of
     kills every id is written once.
     """
-    import ray
     from ray.data import SaveMode
     from ray.data.checkpoint import CheckpointConfig
 
@@ -34,5 +32,3 @@ def write_resumable(dataset: ray.data.Dataset, staging: Staging, id_column: str)
     finally:
         # Left in place it would silently filter every later read in this process.
         context.checkpoint_config = None
-        with contextlib.suppress(AttributeError):
-            ray.data.DataContext.get_current().checkpoint_config = None
