@@ -224,6 +224,171 @@ class MeasureSettings:
 
 
 @dataclass(frozen=True)
+class PanelsSettings:
+    """Which radiographs stand for a neuron: for naming, and, of other patients, for detection."""
+
+    per_label: int | None = None
+    """Candidates are the first n neurons of each label by r on validation, sign kept (default: all)."""
+    min_patients: int = 10
+    """Patients on whom a candidate must fire, and on whom it must be silent, in each of the two splits."""
+    name_images: int = 10
+    """Radiographs a naming prompt shows, one a patient (validation split)."""
+    name_from: Literal["top", "top+middle"] = "top"
+    """`top`: the highest activations; `top+middle`: half of them from the middle of the firing range."""
+    contrast_images: int = 0
+    """Radiographs on which the neuron is silent that a naming prompt shows beside them."""
+    detect_images: int = 20
+    """Firing radiographs, and as many silent ones, on which a name is tested, one a patient (test split)."""
+    negative_pool: int = 400
+    """Size of the pool of test radiographs from which the silent ones of all neurons are drawn first: shared
+    radiographs are read by the model once for many neurons."""
+    match_acquisition: bool = False
+    """Draw the silent radiographs with the same views and sexes as the firing ones."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        _require(self.per_label is None or self.per_label >= 1, "panels.per_label", self.per_label, "above 0")
+        _require(self.min_patients >= 2, "panels.min_patients", self.min_patients, "at least 2")
+        _require(self.name_images >= 1, "panels.name_images", self.name_images, "at least 1")
+        _require(self.contrast_images >= 0, "panels.contrast_images", self.contrast_images, "0 or above")
+        _require(self.detect_images >= 1, "panels.detect_images", self.detect_images, "at least 1")
+        _require(self.negative_pool >= 1, "panels.negative_pool", self.negative_pool, "at least 1")
+
+
+@dataclass(frozen=True)
+class MedgemmaSettings:
+    """The vision-language model that names and judges, by vLLM inside Ray Data or behind an HTTP endpoint."""
+
+    backend: str = resource("engine")
+    """`engine` (vLLM in Ray Data), `endpoint` (an OpenAI-compatible server), or `package.module:function`."""
+    model: str = resource("google/medgemma-4b-it")
+    """Folder of a checkpoint, a name on the hub, or `stand-in` (the demo's small model). For the engine the
+    SHA-256 of its files counts as a setting, for an endpoint this name."""
+    download: bool = resource(False)
+    """Fetch a hub name that is not on this machine yet; otherwise nothing is asked of the hub."""
+    dtype: Literal["bfloat16", "float32", "float16", "auto"] = "bfloat16"
+    """Arithmetic of the model (Gemma 3 overflows in float16)."""
+    max_model_len: int = resource(8192)
+    """Longest prompt with its reply, in tokens; MedGemma takes 256 an image."""
+    max_side: int = 1024
+    """Radiographs with a longer side are shrunk to it, in pixels, before the model's own resize."""
+    max_pixels: int = 100_000_000
+    """Largest width x height that is decoded, in pixels."""
+    replicas_min: int = resource(1)
+    """Fewest engines kept in the pool."""
+    replicas_max: int = resource(1)
+    """Most engines the pool grows to."""
+    tensor_parallel: int = resource(1)
+    """GPUs over which one engine splits the model."""
+    gpus_per_replica: float = resource(1.0)
+    """GPUs reserved for one engine of `tensor_parallel` 1 (0: CPU)."""
+    cpus_per_replica: float = resource(1.0)
+    """Logical CPUs reserved for one engine, and threads with which it reads radiographs."""
+    kv_cache_gib: float = resource(0.0)
+    """Memory of an engine's key-value cache, in GiB (0: vLLM's own choice)."""
+    max_num_seqs: int = resource(256)
+    """Prompts an engine works on at a time."""
+    block_rows: int = resource(256)
+    """Prompts a block: the unit that is written, and lost at most by a kill, with `concurrent_batches` of
+    them in flight an engine."""
+    concurrent_batches: int = resource(4)
+    """Blocks an engine works on at a time."""
+    engine: dict[str, Any] = field(default_factory=dict, metadata={"resource": True})
+    """Further arguments of vLLM's engine, by its names."""
+    url: str | None = resource(None)
+    """Address of the endpoint, up to and including its version: http://host:8000/v1."""
+    key_variable: str = resource("MEDGEMMA_API_KEY")
+    """Environment variable that holds the endpoint's key, if it wants one."""
+    dialect: Literal["vllm", "openai"] = resource("vllm")
+    """`vllm`: the endpoint takes vLLM's own request fields; `openai`: none but OpenAI's are sent."""
+    concurrency: int = resource(32)
+    """Requests under way at the endpoint at a time."""
+    retries: int = resource(6)
+    """How often a request is sent again after 429, 5xx, a lost connection or a time-out."""
+    timeout_s: float = resource(120.0)
+    """Seconds until a request to the endpoint is given up."""
+    max_failed_share: float = resource(0.05)
+    """Largest share of prompts that may fail before the stage is an error, in [0, 1]; running again asks
+    those alone."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.backend in ("engine", "endpoint") or ":" in self.backend,
+            "medgemma.backend",
+            self.backend,
+            "engine, endpoint or package.module:function",
+        )
+        _require(self.max_model_len >= 64, "medgemma.max_model_len", self.max_model_len, "at least 64")
+        _require(self.max_side >= 16, "medgemma.max_side", self.max_side, "at least 16")
+        _require(self.max_pixels >= 1, "medgemma.max_pixels", self.max_pixels, "at least 1")
+        _require(
+            1 <= self.replicas_min <= self.replicas_max,
+            "medgemma.replicas_min",
+            self.replicas_min,
+            "at least 1 and at most medgemma.replicas_max",
+        )
+        for name in ("tensor_parallel", "max_num_seqs", "block_rows", "concurrent_batches", "concurrency"):
+            value = getattr(self, name)
+            _require(value >= 1, f"medgemma.{name}", value, "at least 1")
+        for name in ("gpus_per_replica", "kv_cache_gib", "retries"):
+            value = getattr(self, name)
+            _require(value >= 0, f"medgemma.{name}", value, "0 or above")
+        _require(self.cpus_per_replica > 0, "medgemma.cpus_per_replica", self.cpus_per_replica, "above 0")
+        _require(self.timeout_s > 0, "medgemma.timeout_s", self.timeout_s, "above 0")
+        _require(
+            0 <= self.max_failed_share <= 1, "medgemma.max_failed_share", self.max_failed_share, "in [0, 1]"
+        )
+        _require(
+            not self.engine.get("trust_remote_code"),
+            "medgemma.engine",
+            "trust_remote_code",
+            "without it: code from a checkpoint is never run",
+        )
+
+
+@dataclass(frozen=True)
+class NameSettings:
+    """The naming prompt: a panel's radiographs to a concept and a description."""
+
+    template: str | None = resource(None)
+    """File with the prompt; its fields are $images, $n and, with contrast images, $contrast (default: the
+    package's own). Its SHA-256 counts as a setting."""
+    max_tokens: int = 200
+    """Longest reply, in tokens."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 16, "name.max_tokens", self.max_tokens, "at least 16")
+
+
+@dataclass(frozen=True)
+class DetectSettings:
+    """The detection prompt, one radiograph and one description at a time, and its statistics."""
+
+    template: str | None = resource(None)
+    """File with the prompt; its fields are $image, $description and $concept (default: the package's own).
+    Its SHA-256 counts as a setting."""
+    shuffled_share: float = 1.0
+    """Share of the neurons whose panel is asked again with another neuron's description, in [0, 1]."""
+    interval: Literal["wilson", "clopper-pearson"] = "wilson"
+    """95 % intervals of the two rates."""
+    permutations: int = 100
+    """Permutations of what is expected, within each neuron, for the null that needs no prompts."""
+    max_lost_share: float = 0.2
+    """A neuron that lost more than this share of the replies of either side is marked, not ranked."""
+    quantiles: int = 5
+    """Equal parts of the activation range for which accuracy is told apart."""
+    seed: int = 0
+    """Seed of the shuffled descriptions and of the permutations."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.shuffled_share <= 1, "detect.shuffled_share", self.shuffled_share, "in [0, 1]")
+        _require(self.permutations >= 1, "detect.permutations", self.permutations, "at least 1")
+        _require(0 <= self.max_lost_share < 1, "detect.max_lost_share", self.max_lost_share, "in [0, 1)")
+        _require(self.quantiles >= 1, "detect.quantiles", self.quantiles, "at least 1")
+
+
+@dataclass(frozen=True)
 class RaySettings:
     """The Ray that the stages run on. In a submitted job Ray is there already and only `progress` counts."""
 
@@ -248,11 +413,19 @@ class Settings:
     """The run folder: every table is written here. A local folder or a URI (s3://…, gs://…)."""
     overwrite: bool = False
     """Make a stage's output again where other settings or inputs made it (what is up to date stays)."""
+    until: Literal["radiographs", "embed", "fit", "encode", "measure", "panels", "name", "detect"] = "detect"
+    """Last stage of `pipeline`; `measure` needs no vision-language model."""
+    dry_run: bool = False
+    """`name` and `detect` only print the prompts, images and tokens that they would send."""
     radiographs: RadiographsSettings = RadiographsSettings()
     embed: EmbedSettings = EmbedSettings()
     fit: FitSettings = FitSettings()
     encode: EncodeSettings = EncodeSettings()
     measure: MeasureSettings = MeasureSettings()
+    panels: PanelsSettings = PanelsSettings()
+    medgemma: MedgemmaSettings = MedgemmaSettings()
+    name: NameSettings = NameSettings()
+    detect: DetectSettings = DetectSettings()
     ray: RaySettings = RaySettings()
 
     def __post_init__(self) -> None:

@@ -83,6 +83,98 @@ HISTORY = pa.schema(
 """A row is an evaluation of the SAE during training (`sae/history`); `dead` is a share in [0, 1]."""
 
 
+NAMES = pa.schema(
+    [
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("concept", pa.string()),
+        pa.field("description", pa.string()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("reply", pa.string()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("prompt_sha256", pa.string(), nullable=False),
+        pa.field("seconds", pa.float64()),
+        pa.field("request_id", pa.string(), nullable=False),
+    ]
+)
+"""A row is a candidate neuron: its name, null unless `status` is answered (else unparsed or failed)."""
+
+VERDICTS = pa.schema(
+    [
+        pa.field("request_id", pa.string(), nullable=False),
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("condition", pa.string(), nullable=False),
+        pa.field("description_neuron", pa.int32(), nullable=False),
+        pa.field("expected", pa.bool_(), nullable=False),
+        pa.field("answer", pa.bool_()),
+        pa.field("p_yes", pa.float64()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("reply", pa.string()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("prompt_sha256", pa.string(), nullable=False),
+        pa.field("quantile", pa.float32(), nullable=False),
+    ]
+)
+"""A row is a detection prompt: `expected`, whether the neuron fires on the image; `condition` true (its own
+description) or shuffled (that of `description_neuron`); `answer` null unless `status` is answered."""
+
+DETECTIONS = pa.schema(
+    [
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("named", pa.bool_(), nullable=False),
+    ]
+    + [
+        pa.field(f"{name}{end}", pa.float64())
+        for name in ("balanced_accuracy", "tpr", "tnr", "auroc")
+        for end in ("", "_low", "_high")
+    ]
+    + [pa.field("p", pa.float64()), pa.field("q", pa.float64())]
+    + [
+        pa.field(name, pa.int64(), nullable=False)
+        for name in ("n_positive", "n_negative", "n_unparsed", "n_failed")
+    ]
+    + [
+        pa.field("shuffled_balanced_accuracy", pa.float64()),
+        pa.field("enough", pa.bool_(), nullable=False),
+        pa.field("n_shuffled", pa.int64(), nullable=False),
+        pa.field("tpr_by_quantile", pa.list_(pa.float64()), nullable=False),
+        pa.field("n_by_quantile", pa.list_(pa.int64()), nullable=False),
+    ]
+)
+"""A row is a candidate neuron: what its own description detects. Rates in [0, 1] over ANSWERED prompts,
+intervals 95 %; counts are of condition true but `n_shuffled`. Only where `enough` is it ranked or counted."""
+
+CANDIDATES = pa.schema(
+    [
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("candidate", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("n_firing_valid", pa.int64(), nullable=False),
+        pa.field("n_silent_valid", pa.int64(), nullable=False),
+        pa.field("n_firing_test", pa.int64(), nullable=False),
+        pa.field("n_silent_test", pa.int64(), nullable=False),
+    ]
+)
+"""A row is a neuron: whether it has a panel, or the reason why not, and the label it was chosen under (its
+best on validation if all are taken). Counts are patients with an image on which it fires, or is silent."""
+
+PANELS = pa.schema(
+    [
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("value", pa.float32(), nullable=False),
+        pa.field("quantile", pa.float32(), nullable=False),
+    ]
+)
+"""A row is an image of a candidate neuron's panel, by neuron, role (name, name_contrast, detect_positive,
+detect_negative), falling value and image_id. `quantile` in (0, 1] is the share of the neuron's firing images
+of the split with a value not above this one; 0 where it is silent."""
+
+
 def positions_schema(embedding_dim: int) -> pa.Schema:
     """A row is a position of the encoder's last feature map, row-major: its mean share of the embedding.
 
