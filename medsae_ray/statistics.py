@@ -1,6 +1,7 @@
 """Correlation, entropy, AUROC and their intervals for one score vector: the plain reference forms.
 
-measure.py computes the same quantities for thousands of neurons at once and is tested against these.
+measure.py computes the same quantities for thousands of neurons at once and is tested against these. The
+statistics of yes/no answers (detections.py) take arrays, element by element.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, logit, stdtrit
-from scipy.stats import rankdata
+from scipy.special import betaincinv, expit, logit, ndtri, stdtrit
+from scipy.stats import binom, false_discovery_control, hypergeom, rankdata
 
 Floats = NDArray[np.float64]
 
@@ -181,6 +182,94 @@ def bootstrap_by_patient(
     low, high = np.quantile(defined, (0.025, 0.975))
     se = float(defined.std(ddof=1)) if defined.size > 1 else np.nan
     return Bootstrap(se, float(low), float(high), defined.size)
+
+
+def wilson(successes: ArrayLike, n: ArrayLike) -> tuple[Floats, Floats]:
+    """Wilson's 95 % score interval (low, high) of successes / n, element by element; NaN where n is 0.
+
+    Wilson, JASA 22:209 (1927), without continuity correction.
+    """
+    x, total = np.asarray(successes, np.float64), np.asarray(n, np.float64)
+    z2 = ndtri(0.975) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        centre = (x + z2 / 2) / (total + z2)
+        spread = np.sqrt(z2 * (x * (total - x) / total + z2 / 4)) / (total + z2)
+    # At the ends the bounds are 0 and 1 exactly; rounding would leave a trace beyond them.
+    low, high = np.maximum(centre - spread, 0.0), np.minimum(centre + spread, 1.0)
+    return np.where((x == 0) & (total > 0), 0.0, low), np.where((x == total) & (total > 0), 1.0, high)
+
+
+def clopper_pearson(successes: ArrayLike, n: ArrayLike) -> tuple[Floats, Floats]:
+    """Clopper and Pearson's exact 95 % interval (low, high), element by element; NaN where n is 0."""
+    x, total = np.asarray(successes, np.float64), np.asarray(n, np.float64)
+    with np.errstate(invalid="ignore"):
+        low = np.where(x > 0, betaincinv(x, total - x + 1, 0.025), 0.0)
+        high = np.where(x < total, betaincinv(x + 1, total - x, 0.975), 1.0)
+    return np.where(total > 0, low, np.nan), np.where(total > 0, high, np.nan)
+
+
+def mover_balanced_accuracy(
+    tpr: ArrayLike,
+    tpr_low: ArrayLike,
+    tpr_high: ArrayLike,
+    tnr: ArrayLike,
+    tnr_low: ArrayLike,
+    tnr_high: ArrayLike,
+) -> tuple[Floats, Floats]:
+    """Interval (low, high) in [0, 1] of (TPR + TNR) / 2 from those of TPR and TNR, element by element.
+
+    MOVER, the method of variance estimates recovery (Zou & Donner, Statistics in Medicine 27:1693, 2008):
+    the two rates are independent, and each distance to a bound recovers a variance near that bound.
+    """
+    p, p_low, p_high = (np.asarray(a, np.float64) for a in (tpr, tpr_low, tpr_high))
+    q, q_low, q_high = (np.asarray(a, np.float64) for a in (tnr, tnr_low, tnr_high))
+    centre = (p + q) / 2
+    return centre - np.hypot(p - p_low, q - q_low) / 2, centre + np.hypot(p_high - p, q_high - q) / 2
+
+
+def fisher_greater(tp: ArrayLike, fn: ArrayLike, fp: ArrayLike, tn: ArrayLike) -> Floats:
+    """One-sided p of Fisher's exact test that yes is commoner among positives, element by element.
+
+    The chance, given both margins, of at least `tp` of the yeses falling on the positives; 1 for an empty
+    table. Counts are whole numbers ≥ 0.
+    """
+    a, b, c, d = (np.asarray(x, np.int64) for x in (tp, fn, fp, tn))
+    total = a + b + c + d
+    p = hypergeom.sf(a - 1, np.maximum(total, 1), a + b, a + c)
+    return np.where(total > 0, np.clip(p, 0.0, 1.0), 1.0)
+
+
+def false_discovery(p: ArrayLike) -> Floats:
+    """q-values of p [m] by Benjamini and Hochberg (1995); a NaN is no test and stays NaN, uncounted."""
+    values = np.asarray(p, np.float64)
+    q, tested = np.full(values.shape, np.nan), ~np.isnan(values)
+    if tested.any():
+        q[tested] = false_discovery_control(values[tested])
+    return q
+
+
+def above(share: ArrayLike, threshold: float) -> NDArray[np.bool_]:
+    """Whether a share lies strictly above the threshold, element by element; never for NaN.
+
+    A sum of two rates such as 13/20 and 15/20 may round to just above the 0.7 that it is.
+    """
+    return np.asarray(share, np.float64) > threshold + 1e-9
+
+
+def chance_above(threshold: float, n_positive: ArrayLike, n_negative: ArrayLike) -> Floats:
+    """Exact probability that a fair coin's answers have a balanced accuracy above `threshold`.
+
+    Element by element, for n_positive and n_negative answers; NaN where either is 0. At 20 + 20 and 0.7 it is
+    P(X ≥ 29 of 40) = 0.0032, 26 of 8,192 neurons.
+    """
+    m, n = np.broadcast_arrays(np.asarray(n_positive, np.int64), np.asarray(n_negative, np.int64))
+    chance = np.full(m.shape, np.nan)
+    for m_i, n_i in {*zip(m.ravel().tolist(), n.ravel().tolist(), strict=True)}:
+        if m_i > 0 and n_i > 0:
+            x, y = np.arange(m_i + 1), np.arange(n_i + 1)
+            exceeds = above((x[:, None] / m_i + y / n_i) / 2, threshold)
+            chance[(m == m_i) & (n == n_i)] = binom.pmf(x, m_i, 0.5) @ exceeds @ binom.pmf(y, n_i, 0.5)
+    return chance
 
 
 def _scores(score: ArrayLike, positive: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
