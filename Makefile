@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 # PyTorch's own index of CPU wheels, for a small install on Linux: see the README. Optional.
 TORCH_INDEX ?=
+# vLLM for this machine: `make VLLM=gpu` where there is an NVIDIA GPU.
+VLLM ?= cpu
 VENV := .venv
 PEERS := .venv-peers
 TORCH := 2.13.0
@@ -27,11 +29,15 @@ $(1)/bin/pip install $(PIP_FLAGS) $(if $(TORCH_INDEX),--retries 1 --extra-index-
 	|| $(1)/bin/pip install $(PIP_FLAGS) torch==$(TORCH)
 endef
 
+# vLLM brings builds of these that do not fit PyTorch's CPU build; transformers fails where one of them is found.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install $(PIP_FLAGS) --upgrade pip
 	$(call install_torch,$(VENV))
-	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[test,dev]'
+	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[test,dev,$(VLLM)]'
+	for module in torchvision torchaudio torchcodec; do \
+		$(VENV)/bin/python -c "import $$module" 2>/dev/null || $(VENV)/bin/pip uninstall $(PIP_FLAGS) --yes $$module; \
+	done
 	touch $@
 
 # SAELens in an environment of its own: its pins are not ours.

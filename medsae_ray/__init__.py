@@ -7,6 +7,8 @@ import os
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    # An engine's start is else a page of warnings about what it does without.
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

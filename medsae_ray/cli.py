@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from medsae_ray.config import Settings
 from medsae_ray.errors import InputError
-from medsae_ray.pipeline import STAGES, run_stages
+from medsae_ray.pipeline import ASKING, STAGES, run_stages
 
 HELP = {
     "pipeline": "all stages in order, each skipped where it is done",
@@ -23,9 +23,14 @@ HELP = {
     "fit": "embeddings to a sparse autoencoder",
     "encode": "embeddings to sparse activations",
     "measure": "activations and labels to the neuron table and the summary",
+    "panels": "activations to the radiographs that stand for each neuron",
+    "name": "panels to a concept and a description a neuron, by a vision-language model",
+    "detect": "names put to the test on radiographs of other patients, and the statistics of it",
     "status": "what a run holds: stages, rows, quarantined, seconds, stale or fresh",
     "weights": "where MedCLIP's weights come from; checks a file and prints its SHA-256",
 }
+
+SWITCHES = {"--overwrite": "--overwrite", "--dry-run": "--dry_run"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,10 +99,10 @@ def parse_settings(command: str, arguments: list[str]) -> Settings:
     Raises InputError naming the key that is unknown (with the nearest known one) or out of its range.
     """
     parser = _parser(command)
-    # `--overwrite` alone is enough.
+    # `--overwrite` and `--dry-run` alone are enough.
     following = [*arguments[1:], ""]
     arguments = [
-        "--overwrite=true" if a == "--overwrite" and b.lower() not in ("true", "false") else a
+        f"{SWITCHES[a]}=true" if a in SWITCHES and b.lower() not in ("true", "false") else SWITCHES.get(a, a)
         for a, b in zip(arguments, following, strict=False)
     ]
     try:
@@ -120,10 +125,15 @@ def _parser(command: str) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it win")
     parser.add_class_arguments(Settings, fail_untyped=True)
-    shown = {"config", "run", "overwrite", "ray", "help", *([command] if command in STAGES else STAGES)}
+    stages = {command} if command in STAGES else set(STAGES)
+    shown = {"config", "run", "overwrite", "ray", "help", *stages}
+    if stages & set(ASKING):
+        shown |= {"medgemma", "dry_run"}
+    if command == "pipeline":
+        shown |= {"until"}
     for action in parser._actions:
         if action.dest.split(".")[0] not in shown or (
-            action.option_strings == [f"--{action.dest}"] and (action.dest in {*STAGES, "ray"})
+            action.option_strings == [f"--{action.dest}"] and (action.dest in {*STAGES, "medgemma", "ray"})
         ):
             action.help = argparse.SUPPRESS
     return parser

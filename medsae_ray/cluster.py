@@ -13,6 +13,7 @@ from medsae_ray.errors import InputError
 WORKER_ENVIRONMENT = (
     "RAY_USAGE_STATS_ENABLED",
     "VLLM_NO_USAGE_STATS",
+    "VLLM_LOGGING_LEVEL",
     "DO_NOT_TRACK",
     "HF_HUB_OFFLINE",
     "HF_HUB_DISABLE_TELEMETRY",
@@ -65,6 +66,9 @@ def start_ray(settings: RaySettings) -> None:
         else:
             _start_embedded(settings, shared)
     data = ray.data.DataContext.get_current()
+    _quieten_driver()
+    # It tells of memory that was never asked for, in a page every half minute.
+    data.issue_detectors_config.detectors = []
     data.enable_progress_bars = settings.progress
     data.enable_operator_progress_bars = settings.progress and sys.stdout.isatty()
     # The newer reader takes seconds to list one file, and its listing thread ends with a traceback.
@@ -118,10 +122,19 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
+def _quieten_driver() -> None:
+    """Execution plans and mirror settings stay in Ray's log files."""
+    logging.getLogger("ray.llm").setLevel(logging.WARNING)
+    for handler in logging.getLogger("ray.data").handlers:
+        if not isinstance(handler, logging.FileHandler) and handler.level == logging.INFO:
+            handler.setLevel(logging.WARNING)
+
+
 def quieten_worker() -> None:
     """Runs in every Ray worker: its download warnings quote the URI, whose folders name the patient.
 
     Nothing is lost with them: the row is quarantined with its reason.
     """
+    logging.getLogger("ray.llm").setLevel(logging.WARNING)
     for module in ("plan_download_op", "_obstore_download"):
         logging.getLogger(f"ray.data._internal.planner.{module}").setLevel(logging.CRITICAL)

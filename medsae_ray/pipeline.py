@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 from medsae_ray.config import Settings
+from medsae_ray.errors import InputError
 from medsae_ray.run import Run
 from medsae_ray.stages.outcome import Outcome
 
-STAGES = ("radiographs", "embed", "fit", "encode", "measure")
+STAGES = ("radiographs", "embed", "fit", "encode", "measure", "panels", "name", "detect")
+ASKING = ("name", "detect")
+"""Stages that ask the vision-language model."""
 
 
 def stage_function(stage: str) -> Callable[[Run, Settings], Outcome]:
     """The function of one stage, imported only when asked for."""
-    return getattr(importlib.import_module(f"medsae_ray.stages.{stage}"), stage)
+    return getattr(_module(stage), stage)
 
 
 def run_stages(stages: tuple[str, ...], settings: Settings) -> None:
@@ -28,6 +32,16 @@ def run_stages(stages: tuple[str, ...], settings: Settings) -> None:
     refuse_relative("radiographs.root", settings.radiographs.root)
     refuse_relative("embed.weights", settings.embed.weights, or_uri="")
     run = Run(settings.run)
+    if settings.dry_run:
+        if not set(stages) <= set(ASKING):
+            raise InputError(f"Only {' and '.join(ASKING)} know --dry-run: leave it out.")
+        for stage in stages:
+            print(_module(stage).dry_run(run, settings))
+        return
+    if len(stages) > 1:
+        stages = stages[: stages.index(settings.until) + 1]
+        if set(stages) & set(ASKING):
+            _refuse_model(settings)
     try:
         for stage in stages:
             print(stage_function(stage)(run, settings).line(), flush=True)
@@ -38,3 +52,18 @@ def run_stages(stages: tuple[str, ...], settings: Settings) -> None:
         f"Look at it next: `medsae status {settings.run}`, its summary.json, and its tables with any Parquet "
         "reader (docs/architecture.md says what each column means)."
     )
+
+
+def _refuse_model(settings: Settings) -> None:
+    """Raises InputError for a model that cannot be asked, before the hours of work that come first."""
+    from medsae_ray.medgemma.pool import identify
+
+    shown = settings.panels.name_images + settings.panels.contrast_images
+    try:
+        identify(settings.medgemma, shown)
+    except InputError as error:
+        raise InputError(f"{error} (Or end the pipeline before it is asked, with --until measure.)") from None
+
+
+def _module(stage: str) -> Any:
+    return importlib.import_module(f"medsae_ray.stages.{stage}")

@@ -152,6 +152,14 @@ class Run:
                 )
         return manifest
 
+    def is_fresh(self, table: str) -> bool:
+        """Whether a table is there, and neither it nor anything it was made from was outdated since."""
+        manifest = self.manifest(table)
+        return manifest is not None and all(
+            (now := self.manifest(name)) is None or (now.fingerprint == fingerprint and self.is_fresh(name))
+            for name, fingerprint in manifest.inputs.items()
+        )
+
     def dataset(self, table: str, schema: pa.Schema | None = None) -> pads.FileSystemDataset:
         """A committed table, lazily; its columns are checked against `schema`.
 

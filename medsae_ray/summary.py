@@ -1,4 +1,4 @@
-"""The run's summary: `summary.json` and the table printed at the end, ours beside the paper's figures."""
+"""The run's summary: `summary.json` and the table that `measure` prints, ours beside the paper's figures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from medsae_ray.labelling_summary import labelling
 from medsae_ray.labels import LABELS
 from medsae_ray.measure import EntropyMean, entropy_means, failure_signatures
 from medsae_ray.run import Manifest, Run
@@ -18,11 +19,16 @@ CLAIM_AUROC, CLAIM_LOW = 0.8, 0.7
 """A label counts as separated where the neuron chosen on validation exceeds these on test."""
 
 
-def write_summary(run: Run) -> str:
-    """Compute a measured run's summary from its tables, write `summary.json`, return the printed form."""
+def write_summary(run: Run) -> dict[str, Any]:
+    """Compute a measured run's summary from its tables, write `summary.json` and return it.
+
+    Its `labelling` is there once the neurons are named and tested, and until what they rest on changes.
+    """
     summary = summarise(run)
+    if run.is_fresh("detections"):
+        summary["labelling"] = labelling(run)
     run.write_bytes(json.dumps(summary, indent=1).encode(), "summary.json")
-    return as_text(summary)
+    return summary
 
 
 def summarise(run: Run) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from medsae_ray.measure import (
 from medsae_ray.run import Plan, Run
 from medsae_ray.stages.encode import load_sae
 from medsae_ray.stages.outcome import Outcome
-from medsae_ray.summary import write_summary
+from medsae_ray.summary import as_text, write_summary
 from medsae_ray.tables import ACTIVATIONS, RADIOGRAPHS, embeddings_schema
 
 RECONSTRUCTED_ROWS = 4096
@@ -47,7 +47,7 @@ def measure(run: Run, settings: Settings) -> Outcome:
     staging = run.begin(plan, settings.overwrite)
     if staging is None:
         done = run.require("neurons", "measure")
-        print(write_summary(run))
+        print(as_text(write_summary(run)))
         return Outcome(done, ran=False)
 
     splits = _Splits(run, activations.notes["n_neurons"], embeddings.notes["embedding_dim"])
@@ -89,7 +89,7 @@ def measure(run: Run, settings: Settings) -> Outcome:
     assert table.schema.equals(neurons_schema())
     staging.write_table(table)
     manifest = staging.commit(rows_in=splits.n_images, rows_out=table.num_rows, notes=notes)
-    print(write_summary(run))
+    print(as_text(write_summary(run)))
     return Outcome(manifest, ran=True)
 
 

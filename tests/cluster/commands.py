@@ -19,7 +19,7 @@ SMALL = (
     "--radiographs.phantom_images", "400", "--embed.encoder", "stand-in", "--embed.block_rows", "64",
     "--fit.expansion", "2", "--fit.sparsity", "1e-2", "--fit.learning_rate", "2e-3", "--fit.batch_size", "64",
     "--fit.epochs", "40", "--fit.evaluate_every", "10", "--fit.min_firing", "3", "--measure.min_firing", "3",
-    "--ray.progress", "false",
+    "--ray.progress", "false", "--until", "measure",
 )  # fmt: skip
 """A pipeline that takes a minute: 400 phantoms, 1,024 neurons."""
 
