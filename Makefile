@@ -25,8 +25,9 @@ lint: $(VENV)/.installed
 # The CPU build of PyTorch comes first and alone: while one index is slow, pip waits for it at every package.
 # It is a build of its own only on Linux; where it is not to be had, the ordinary wheel serves as well.
 define install_torch
-$(1)/bin/pip install $(PIP_FLAGS) $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch==$(TORCH)+cpu \
-	|| $(1)/bin/pip install $(PIP_FLAGS) torch==$(TORCH)
+$(if $(filter gpu,$(VLLM)),,$(1)/bin/pip install $(PIP_FLAGS) \
+	$(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch==$(TORCH)+cpu ||) \
+	$(1)/bin/pip install $(PIP_FLAGS) torch==$(TORCH)
 endef
 
 # vLLM brings builds of these that do not fit PyTorch's CPU build; transformers fails where one of them is found.

@@ -123,11 +123,17 @@ def stop_ray() -> None:
 
 
 def _quieten_driver() -> None:
-    """Execution plans and mirror settings stay in Ray's log files."""
-    logging.getLogger("ray.llm").setLevel(logging.WARNING)
+    """Execution plans stay in Ray's log files."""
+    _quieten_engines()
     for handler in logging.getLogger("ray.data").handlers:
         if not isinstance(handler, logging.FileHandler) and handler.level == logging.INFO:
             handler.setLevel(logging.WARNING)
+
+
+def _quieten_engines() -> None:
+    logging.getLogger("ray.llm").setLevel(logging.WARNING)
+    # Before vLLM is imported and takes VLLM_LOGGING_LEVEL itself: it warns while it is being imported.
+    logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
 def quieten_worker() -> None:
@@ -135,6 +141,6 @@ def quieten_worker() -> None:
 
     Nothing is lost with them: the row is quarantined with its reason.
     """
-    logging.getLogger("ray.llm").setLevel(logging.WARNING)
+    _quieten_engines()
     for module in ("plan_download_op", "_obstore_download"):
         logging.getLogger(f"ray.data._internal.planner.{module}").setLevel(logging.CRITICAL)

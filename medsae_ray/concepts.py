@@ -289,6 +289,10 @@ UNNAMED = (
 )
 """Ways to say that the images of a panel share nothing."""
 
+_NOTHING_SHARED = re.compile(
+    r"(no|not|without) (\w+ )?(common|shared|sharing|single|consistent|specific|clear|unifying)\b"
+    r"|(none|unclear|unknown|indeterminate|cannot)\b|nothing( \w+)? (common|shared)\b"
+)
 _FILLERS = {"a", "an", "the", "of", "in", "on", "at", "is", "are", "there"}
 _FILLERS |= {"seen", "present", "presence", "sign", "evidence", "visible", "both"}
 _NEGATIONS = frozenset({"no", "not", "non", "without", "absent", "absence", "negative", "resolved"})
@@ -315,8 +319,8 @@ def canonical(concept: str) -> str:
 
 def is_named(concept: str | None) -> bool:
     """Whether a concept names a finding: not None, not blank, not a way to say that nothing is shared."""
-    words = _words(concept or "")
-    return bool(words) and " ".join(words) not in _UNNAMED
+    words = " ".join(_words(concept or ""))
+    return bool(words) and words not in _UNNAMED and not _NOTHING_SHARED.match(words)
 
 
 def _words(text: str) -> list[str]:

@@ -256,6 +256,28 @@ class PanelsSettings:
         _require(self.negative_pool >= 1, "panels.negative_pool", self.negative_pool, "at least 1")
 
 
+ENGINE_SETTINGS = {
+    "model": "model",
+    "dtype": "dtype",
+    "max_model_len": "max_model_len",
+    "max_num_seqs": "max_num_seqs",
+    "tensor_parallel_size": "tensor_parallel",
+    "kv_cache_memory_bytes": "kv_cache_gib",
+}
+"""vLLM's names of what has a setting of its own."""
+ENGINE_RESOURCES = (
+    "block_size",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "max_num_batched_tokens",
+    "mm_processor_cache_gb",
+    "enable_prefix_caching",
+    "disable_log_stats",
+    "swap_space",
+)
+"""Arguments of vLLM's engine that change no reply."""
+
+
 @dataclass(frozen=True)
 class MedgemmaSettings:
     """The vision-language model that names and judges, by vLLM inside Ray Data or behind an HTTP endpoint."""
@@ -264,7 +286,8 @@ class MedgemmaSettings:
     """`engine` (vLLM in Ray Data), `endpoint` (an OpenAI-compatible server), or `package.module:function`."""
     model: str = resource("google/medgemma-4b-it")
     """Folder of a checkpoint, a name on the hub, or `stand-in` (the demo's small model). For the engine the
-    SHA-256 of its files counts as a setting, for an endpoint this name."""
+    SHA-256 of its files counts as a setting; for an endpoint this name, under which its results are shown
+    (one with `stand-in` in it is labelled so)."""
     download: bool = resource(False)
     """Fetch a hub name that is not on this machine yet; otherwise nothing is asked of the hub."""
     dtype: Literal["bfloat16", "float32", "float16", "auto"] = "bfloat16"
@@ -282,7 +305,7 @@ class MedgemmaSettings:
     tensor_parallel: int = resource(1)
     """GPUs over which one engine splits the model."""
     gpus_per_replica: float = resource(1.0)
-    """GPUs reserved for one engine of `tensor_parallel` 1 (0: CPU)."""
+    """GPUs reserved for each of an engine's `tensor_parallel` parts: 1, or 0 for a CPU."""
     cpus_per_replica: float = resource(1.0)
     """Logical CPUs reserved for one engine, and threads with which it reads radiographs."""
     kv_cache_gib: float = resource(0.0)
@@ -290,17 +313,17 @@ class MedgemmaSettings:
     max_num_seqs: int = resource(256)
     """Prompts an engine works on at a time."""
     block_rows: int = resource(256)
-    """Prompts a block: the unit that is written, and lost at most by a kill, with `concurrent_batches` of
-    them in flight an engine."""
+    """Radiographs shown by the prompts of a block (at least one prompt): the unit that is written, and lost
+    at most by a kill, with `concurrent_batches` of them in flight an engine."""
     concurrent_batches: int = resource(4)
     """Blocks an engine works on at a time."""
     engine: dict[str, Any] = field(default_factory=dict, metadata={"resource": True})
-    """Further arguments of vLLM's engine, by its names."""
+    """Further arguments of vLLM's engine, by its names; those that may change a reply count as settings."""
     url: str | None = resource(None)
     """Address of the endpoint, up to and including its version: http://host:8000/v1."""
     key_variable: str = resource("MEDGEMMA_API_KEY")
     """Environment variable that holds the endpoint's key, if it wants one."""
-    dialect: Literal["vllm", "openai"] = resource("vllm")
+    dialect: Literal["vllm", "openai"] = "vllm"
     """`vllm`: the endpoint takes vLLM's own request fields; `openai`: none but OpenAI's are sent."""
     concurrency: int = resource(32)
     """Requests under way at the endpoint at a time."""
@@ -310,7 +333,7 @@ class MedgemmaSettings:
     """Seconds until a request to the endpoint is given up."""
     max_failed_share: float = resource(0.05)
     """Largest share of prompts that may fail before the stage is an error, in [0, 1]; running again asks
-    those alone."""
+    those alone (with --overwrite once the stage is done)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -331,7 +354,10 @@ class MedgemmaSettings:
         for name in ("tensor_parallel", "max_num_seqs", "block_rows", "concurrent_batches", "concurrency"):
             value = getattr(self, name)
             _require(value >= 1, f"medgemma.{name}", value, "at least 1")
-        for name in ("gpus_per_replica", "kv_cache_gib", "retries"):
+        _require(
+            self.gpus_per_replica in (0, 1), "medgemma.gpus_per_replica", self.gpus_per_replica, "0 or 1"
+        )
+        for name in ("kv_cache_gib", "retries"):
             value = getattr(self, name)
             _require(value >= 0, f"medgemma.{name}", value, "0 or above")
         _require(self.cpus_per_replica > 0, "medgemma.cpus_per_replica", self.cpus_per_replica, "above 0")
@@ -345,6 +371,8 @@ class MedgemmaSettings:
             "trust_remote_code",
             "without it: code from a checkpoint is never run",
         )
+        for name, setting in ENGINE_SETTINGS.items():
+            _require(name not in self.engine, "medgemma.engine", name, f"set as medgemma.{setting}")
 
 
 @dataclass(frozen=True)
@@ -434,8 +462,11 @@ class Settings:
 
 def fingerprinted(settings: Any) -> dict[str, Any]:
     """The fields of one stage's settings that change its results, by name."""
-    return {
+    told = {
         f.name: getattr(settings, f.name)
         for f in dataclasses.fields(settings)
         if not f.metadata.get("resource")
     }
+    if isinstance(settings, MedgemmaSettings):
+        told["engine"] = {k: v for k, v in settings.engine.items() if k not in ENGINE_RESOURCES}
+    return told

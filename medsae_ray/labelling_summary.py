@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from medsae_ray.concepts import canonical, is_named
 from medsae_ray.detections import ACCURATE, NullFigures, per_class_table, permuted_null, shuffled_null
+from medsae_ray.errors import printable
 from medsae_ray.labels import LABELS
 from medsae_ray.run import Manifest, Run
 from medsae_ray.statistics import above, chance_above, wilson
@@ -153,9 +153,10 @@ def _statuses(table: pa.Table) -> dict[str, int]:
 
 
 def _reasons(table: pa.Table) -> dict[str, int]:
-    """The commonest reasons of what is not answered, with their counts."""
+    """The commonest reasons of what is not answered, with their counts, whichever image they are of."""
     lost = table.filter(pc.not_equal(table["status"], "answered"))
-    counts = pc.value_counts(lost["reason"]).to_pylist()
+    kinds = pc.replace_substring_regex(lost["reason"], r"image \S+-[0-9a-f]{16}", "an image")
+    counts = pc.value_counts(kinds).to_pylist()
     counts.sort(key=lambda c: (-c["counts"], str(c["values"])))
     return {str(c["values"]): c["counts"] for c in counts[:N_REASONS]}
 
@@ -247,16 +248,6 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 # ------------------------------------------------------------------------------------------ printed form
 
 
-def printable(text: str | None, width: int) -> str:
-    """Text from outside for one terminal cell: one line, no control or invisible character, at most `width`.
-
-    Unicode's category C holds escape sequences' first bytes, direction overrides and unassigned code points.
-    """
-    clean = "".join(" " if unicodedata.category(c)[0] == "C" else c for c in text or "-")
-    line = " ".join(clean.split())
-    return line if len(line) <= width else line[: max(width - 1, 0)].rstrip() + "…"
-
-
 def labelling_text(told: dict[str, Any]) -> str:
     """The labelling part of the summary, for a terminal."""
     named, figures = told["names"], {f["name"]: f for f in told["figures"]}
@@ -317,6 +308,8 @@ def _counts_text(told: dict[str, Any], figures: dict[str, dict[str, Any]]) -> li
         figure = figures[name]
         lines.append(f"{title:<42}{figure['value']:>10,}{figure['n']:>10,}")
     lines += [
+        f"The paper's {PAPER_ACCURATE} are of 8,192 neurons: of so many, fair coins at 20 + 20 answers put "
+        f"{8192 * float(chance_above(ACCURATE, np.array([20]), np.array([20]))[0]):.0f} above 70 %.",
         "Beside it, what chance alone puts above 70 %: a fair coin's answers, permuted expectations, another "
         "neuron's",
         f"description (asked of {most['n_shuffled']:,}). Mean detection accuracy "

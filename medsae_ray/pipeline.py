@@ -56,11 +56,12 @@ def run_stages(stages: tuple[str, ...], settings: Settings) -> None:
 
 def _refuse_model(settings: Settings) -> None:
     """Raises InputError for a model that cannot be asked, before the hours of work that come first."""
-    from medsae_ray.medgemma.pool import identify
+    from medsae_ray.medgemma.pool import identify, refuse_backend
 
     shown = settings.panels.name_images + settings.panels.contrast_images
     try:
         identify(settings.medgemma, shown)
+        refuse_backend(settings.medgemma)
     except InputError as error:
         raise InputError(f"{error} (Or end the pipeline before it is asked, with --until measure.)") from None
 

@@ -206,8 +206,10 @@ class Run:
         with self.filesystem.open_output_stream(self.path(*parts)) as stream:
             stream.write(content)
 
-    def begin(self, plan: Plan, overwrite: bool = False) -> Staging | None:
+    def begin(self, plan: Plan, overwrite: bool = False, keep: Sequence[str] = ()) -> Staging | None:
         """Where to write a planned table, or None where it is done already.
+
+        `keep` names working folders of another, half done table that this one may use as well.
 
         Raises InputError where the table (whole or half done) was made with other settings or inputs
         and `overwrite` is off.
@@ -226,13 +228,13 @@ class Run:
                     "--overwrite."
                 )
         if started is None or started["fingerprint"] != plan.fingerprint:
-            staging.start_afresh()
+            staging.start_afresh(keep)
         return staging
 
-    def restage(self, plan: Plan) -> Staging:
+    def restage(self, plan: Plan, keep: Sequence[str] = ()) -> Staging:
         """Where to write a planned table anew, whatever is there: for tables that another's plan decides."""
         staging = Staging(self, plan)
-        staging.start_afresh()
+        staging.start_afresh(keep)
         return staging
 
     def _list(self, folder: str) -> list[pafs.FileInfo]:
@@ -259,9 +261,16 @@ class Staging:
         """A path inside the staged folder, in the run's file system."""
         return posixpath.join(self.folder, *parts)
 
-    def start_afresh(self) -> None:
-        """Empty the staged folder and note what is being made in it."""
-        self.delete()
+    def start_afresh(self, keep: Sequence[str] = ()) -> None:
+        """Empty the staged folder but for the folders in `keep`, and note what is being made in it."""
+        selector = pafs.FileSelector(self.folder, allow_not_found=True)
+        for info in self.filesystem.get_file_info(selector):
+            if info.base_name in keep:
+                continue
+            if info.type == pafs.FileType.Directory:
+                self.filesystem.delete_dir(info.path)
+            else:
+                self.filesystem.delete_file(info.path)
         self.filesystem.create_dir(self.folder, recursive=True)
         told = {
             "fingerprint": self.plan.fingerprint,

@@ -31,6 +31,16 @@ def write_summary(run: Run) -> dict[str, Any]:
     return summary
 
 
+def forget_labelling(run: Run) -> None:
+    """Take the figures of detection out of `summary.json`: what they rest on was made again."""
+    try:
+        summary = json.loads(run.read_bytes("summary.json"))
+    except FileNotFoundError:
+        return
+    if summary.pop("labelling", None) is not None:
+        run.write_bytes(json.dumps(summary, indent=1).encode(), "summary.json")
+
+
 def summarise(run: Run) -> dict[str, Any]:
     """Every figure of the summary with its table, split, n and, where there is one, interval."""
     measured, fitted = run.require("neurons", "measure"), run.require("sae", "fit")

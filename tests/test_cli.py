@@ -12,6 +12,7 @@ from medsae_ray.cli import main, parse_settings, with_exit_code
 from medsae_ray.config import Settings, fingerprinted
 from medsae_ray.errors import InputError
 from medsae_ray.labels import LABELS
+from medsae_ray.pipeline import ASKING, STAGES
 from medsae_ray.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,19 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
         (["--embed.precision", "float16"], "", r"embed.precision"),
         ([], "fit: [1, 2", r"settings.yaml"),
         ([], "fit:", r"settings.yaml does not map stages to settings"),
+        (
+            ["--medgemma.backend", "vllm"],
+            "",
+            r"medgemma.backend is 'vllm', but it must be engine, endpoint or",
+        ),
+        (["--medgemma.engine", '{"trust_remote_code": true}'], "", r"code from a checkpoint is never run"),
+        (
+            ["--medgemma.replicas_min", "3"],
+            "",
+            r"medgemma.replicas_min is 3, .* at most medgemma.replicas_max",
+        ),
+        (["--panels.min_patients", "1"], "", r"panels.min_patients is 1, but it must be at least 2"),
+        (["--until", "naming"], "", r"until"),
         (["--ray.cpus", "2"], "", r"ray.cpus is 2, but it must be 0 or at least 4"),
     ],
 )
@@ -62,7 +76,7 @@ def test_exit_code_two_without_a_traceback(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["pipeline", "radiographs", "embed", "fit", "encode", "measure"])
+@pytest.mark.parametrize("command", ["pipeline", *STAGES])
 def test_help_shows_every_setting_of_the_stage(command, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_settings(command, ["--help"])
@@ -71,7 +85,9 @@ def test_help_shows_every_setting_of_the_stage(command, capsys):
     stages = [f.name for f in fields(Settings) if is_dataclass(f.default) and f.name != "ray"]
     for stage in stages:
         shown = f"--{stage}.{fields(getattr(Settings(), stage))[0].name} " in text
-        assert shown == (command in (stage, "pipeline"))
+        asks = stage == "medgemma" and command in ASKING
+        assert shown == (command in (stage, "pipeline") or asks)
+    assert ("--dry_run" in text) == (command in ("pipeline", *ASKING))
     if command == "fit":
         assert "the weight of the L1 term (paper: 3e-4)" in text
         assert "default: 0.0003" in text
@@ -159,6 +175,36 @@ def test_commands_and_stages_out_of_order(tmp_path, capsys):
     assert "radiographs.root is missing" in refusal(
         capsys, "radiographs", "--run", str(tmp_path), "--radiographs.dataset", "nih"
     )
+
+
+def test_a_pipeline_asks_for_its_model_before_anything_else(tmp_path, capsys):
+    told = refusal(
+        capsys, "pipeline", "--run", str(tmp_path / "run"), "--medgemma.model", str(tmp_path / "no")
+    )
+    assert "does not exist" in told
+    assert "--until measure" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_is_of_the_asking_stages_alone(tmp_path, capsys):
+    assert "Only name and detect know --dry-run" in refusal(
+        capsys, "fit", "--dry-run", "--run", str(tmp_path)
+    )
+    told = refusal(capsys, "name", "--dry-run", "--run", str(tmp_path))
+    assert "run `medsae panels`" in told
+
+
+def test_a_backend_of_ones_own_is_named_by_import_path(tmp_path):
+    from medsae_ray.config import MedgemmaSettings
+    from medsae_ray.medgemma.pool import answer, identify
+    from medsae_ray.medgemma.prompts import Task, load_template
+
+    task = Task("detect", load_template("detect", None), 1, 1)
+    settings = MedgemmaSettings(backend="operator:methodcaller", model="mine")
+    assert answer("requests", task, settings)  # it was found and called
+    assert identify(settings, 1).name == "mine"
+    with pytest.raises(InputError, match=r"'operator:nothing' cannot be imported"):
+        answer("requests", task, MedgemmaSettings(backend="operator:nothing"))
 
 
 def test_overwrite_needs_no_value():

@@ -80,3 +80,24 @@ def test_a_panel_that_shares_nothing_has_no_name(said: str | None) -> None:
 def test_a_normal_radiograph_is_a_name(said: str) -> None:
     assert is_named(said)
     assert NO_COMMON_FINDING in UNNAMED
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "None identified",
+        "No common findings identified",
+        "No shared radiographic abnormality",
+        "no consistent pattern",
+        "Unclear",
+        "Nothing in common",
+        "no single unifying finding",
+    ],
+)
+def test_ways_to_say_that_nothing_is_shared_are_no_names(said: str) -> None:
+    assert not is_named(said)
+
+
+@pytest.mark.parametrize("said", ["no acute abnormality", "nothing abnormal", "no pneumothorax", "normal"])
+def test_the_absence_of_findings_is_a_name(said: str) -> None:
+    assert is_named(said)

@@ -23,6 +23,7 @@ from pydantic import SecretStr
 
 from medsae_ray.config import MedgemmaSettings
 from medsae_ray.errors import InputError
+from medsae_ray.medgemma.checkpoint import SPELLINGS
 from medsae_ray.medgemma.prompts import CHOICES, NAME_SCHEMA, Kind
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
@@ -57,8 +58,8 @@ class Served(NamedTuple):
 
     key: SecretStr | None
     """Ray Data may log the arguments of an actor: as a secret the key stays out of there."""
-    choice_ids: tuple[int, int] | None
-    """Token ids of yes and no, where the server tells them."""
+    choice_ids: tuple[int, ...] | None
+    """Tokens that are a yes or a no in one of the spellings of `SPELLINGS`, where the server tells them."""
 
 
 def request_body(
@@ -77,7 +78,7 @@ def request_body(
         return body | {"response_format": {"type": "json_schema", "json_schema": schema}}
     body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
     if settings.dialect == "vllm" and served.choice_ids is not None:
-        # As the engine backend asks: both log-probabilities are told, however improbable one of them is.
+        # As the engine backend asks: all their log-probabilities are told, however small.
         ids = list(served.choice_ids)
         body |= {"allowed_token_ids": ids, "logprob_token_ids": ids}
     elif settings.dialect == "vllm":
@@ -144,22 +145,22 @@ class Client:
         """The models that the server says it serves; raises NoReply."""
         return await self._send("GET", f"{self._address}/models", None, _model_ids)
 
-    async def choice_ids(self) -> tuple[int, int] | None:
-        """Token ids of `yes` and `no` by vLLM's /tokenize, which stands beside /v1; None where it is not."""
+    async def choice_ids(self) -> tuple[int, ...] | None:
+        """The tokens of yes and no by vLLM's /tokenize, which stands beside /v1; None where it is not."""
         url = f"{self._address.removesuffix('/v1')}/tokenize"
+        ids: list[int] = []
         try:
-            yes, no = [
-                await self._send(
-                    "POST",
-                    url,
-                    {"model": self.settings.model, "prompt": word, "add_special_tokens": False},
-                    _only_token,
-                )
-                for word in CHOICES
-            ]
+            for spellings in SPELLINGS.values():
+                for spelling in spellings:
+                    body = {"model": self.settings.model, "prompt": spelling, "add_special_tokens": False}
+                    tokens = await self._send("POST", url, body, _tokens)
+                    if len(tokens) == 1:
+                        ids += tokens
+                    elif spelling == spellings[0]:
+                        return None
         except NoReply:
             return None
-        return yes, no
+        return tuple(dict.fromkeys(ids))
 
     def raise_if_given_up(self) -> None:
         """Raises NoReply where the server has not given one useful answer for `give_up_s`."""
@@ -324,14 +325,11 @@ def _model_ids(told: Any) -> list[str]:
         raise NoReply("the reply is no list of models") from None
 
 
-def _only_token(told: Any) -> int:
-    try:
-        (token,) = told["tokens"]
-    except (TypeError, LookupError, ValueError):
-        token = None
-    if type(token) is not int:
-        raise NoReply("not one token")
-    return token
+def _tokens(told: Any) -> list[int]:
+    tokens = told.get("tokens") if isinstance(told, dict) else None
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise NoReply("the reply is no list of tokens")
+    return tokens
 
 
 def endpoint_address(settings: MedgemmaSettings) -> str:

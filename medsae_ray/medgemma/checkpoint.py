@@ -19,6 +19,9 @@ from medsae_ray.errors import InputError
 STAND_IN = "stand-in"
 """The model's name for the small checkpoint that ships with this package."""
 
+SPELLINGS = {"yes": ("yes", "Yes", "YES"), "no": ("no", "No", "NO")}
+"""Ways in which a model may write an answer that is one token; the first of each must be one."""
+
 _ARCHITECTURE = "Gemma3ForConditionalGeneration"
 _INDEX = "model.safetensors.index.json"
 _CONFIG_FILES = (
@@ -61,9 +64,9 @@ class Checkpoint(NamedTuple):
     """Side of the square that an image is resized to, in pixels."""
     max_positions: int
     """Longest prompt with its reply that the configuration allows, in tokens."""
-    yes_id: int
-    no_id: int
-    """Token ids of `yes` and `no`, one token each."""
+    yes_ids: tuple[int, ...]
+    no_ids: tuple[int, ...]
+    """Tokens that are `yes` and `no` in one of the spellings of `SPELLINGS`; at least one each."""
     n_parameters: int
 
 
@@ -93,7 +96,7 @@ def check_checkpoint(model: str, download: bool) -> Checkpoint:
     parsed = _parse_config(folder, config)
     _check_image_geometry(folder, parsed)
     n_parameters = _check_tensors(folder, parsed, headers, quantised="quantization_config" in config)
-    yes_id, no_id = _check_tokenizer(folder, parsed)
+    yes_ids, no_ids = _check_tokenizer(folder, parsed)
     return Checkpoint(
         path=str(folder),
         digest=_digest(folder, shards),
@@ -101,8 +104,8 @@ def check_checkpoint(model: str, download: bool) -> Checkpoint:
         image_tokens=parsed.mm_tokens_per_image,
         image_size=parsed.vision_config.image_size,
         max_positions=parsed.text_config.max_position_embeddings,
-        yes_id=yes_id,
-        no_id=no_id,
+        yes_ids=yes_ids,
+        no_ids=no_ids,
         n_parameters=n_parameters,
     )
 
@@ -407,8 +410,8 @@ def _find_tokenizer_files(folder: Path) -> None:
         )
 
 
-def _check_tokenizer(folder: Path, config: Any) -> tuple[int, int]:
-    """The ids of `yes` and `no`, after checks of the tokens and the template that prompts are made of."""
+def _check_tokenizer(folder: Path, config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens of `yes` and of `no`, after checks of what prompts are made of."""
     from transformers import AutoTokenizer
 
     from medsae_ray.medgemma.prompts import chat_prompt
@@ -443,13 +446,15 @@ def _check_tokenizer(folder: Path, config: Any) -> tuple[int, int]:
             f"{file}: ids run up to {max(vocab.values())}, but config.json has text_config.vocab_size "
             f"{config.text_config.vocab_size}: use the tokenizer and the config.json of one model."
         )
-    ids = [tokenizer.encode(word, add_special_tokens=False) for word in ("yes", "no")]
-    for word, pieces in zip(("yes", "no"), ids, strict=True):
-        if len(pieces) != 1:
+    ids = []
+    for word, spellings in SPELLINGS.items():
+        pieces = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings]
+        if len(pieces[0]) != 1:
             raise InputError(
-                f"{file}: {word!r} is {len(pieces)} tokens instead of one, so that its probability cannot be "
-                "read: use Gemma's tokenizer."
+                f"{file}: {word!r} is {len(pieces[0])} tokens instead of one, so that its probability cannot "
+                "be read: use Gemma's tokenizer."
             )
+        ids.append(tuple(dict.fromkeys(piece[0] for piece in pieces if len(piece) == 1)))
     try:
         turn: list[dict[str, Any]] = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
         prompt = chat_prompt(tokenizer, turn)
@@ -463,7 +468,7 @@ def _check_tokenizer(folder: Path, config: Any) -> tuple[int, int]:
             f"{folder}: the chat template does not write {tokenizer.boi_token} for each image of a turn: use "
             "the checkpoint's own."
         )
-    return ids[0][0], ids[1][0]
+    return ids[0], ids[1]
 
 
 def _require_tokens(file: Path, tokens: Iterable[str], vocab: dict[str, int]) -> None:

@@ -32,23 +32,13 @@ from medsae_ray.medgemma.chat import (
     request_body,
 )
 from medsae_ray.medgemma.images import UnreadableImage, read_image
-from medsae_ray.medgemma.pool import rows_per_block
+from medsae_ray.medgemma.pool import REPLY, rows_per_block
 from medsae_ray.medgemma.prompts import Part, Task
 
 if TYPE_CHECKING:
     import ray.data
 
 TRIAL = "Is this image blank? Answer with one word, yes or no."
-
-COLUMNS = {
-    "reply": pa.string(),
-    "p_yes": pa.float64(),
-    "reason": pa.string(),
-    "prompt_tokens": pa.int32(),
-    "cached_tokens": pa.int32(),
-    "completion_tokens": pa.int32(),
-    "seconds": pa.float64(),
-}
 
 
 def answer(requests: ray.data.Dataset, task: Task, settings: MedgemmaSettings) -> ray.data.Dataset:
@@ -82,8 +72,9 @@ class AskBatch:
             # Not in the constructor: it belongs to the event loop that runs this.
             self.client = Client(self.settings, self.served)
         replies = await ask(batch.to_pylist(), self.task, self.client)
-        for name, kind in COLUMNS.items():
-            batch = batch.append_column(name, pa.array([getattr(r, name) for r in replies], kind))
+        for column in REPLY:
+            told = [getattr(reply, column.name) for reply in replies]
+            batch = batch.append_column(column, pa.array(told, column.type))
         return batch
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from PIL import Image
 
-from medsae_ray.errors import InputError
 from medsae_ray.radiographs.decode import DecodeError, decode
 from medsae_ray.run import open_filesystem
 
@@ -23,10 +22,13 @@ def read_image(image_id: str, uri: str, max_side: int, max_pixels: int) -> Image
         filesystem, path = open_filesystem(uri)
         with filesystem.open_input_stream(path) as stream:
             image = decode(stream.read(), max_pixels=max_pixels)
-    except (OSError, InputError) as error:
-        # Without the error's own words: they quote the path, whose folders name the patient.
-        raise UnreadableImage(f"image {image_id} cannot be read ({type(error).__name__})") from None
     except DecodeError as error:
         raise UnreadableImage(f"image {image_id} cannot be decoded ({error})") from None
+    except MemoryError:
+        raise
+    # Each file system has errors of its own. Without their words: those quote the path, whose folders name
+    # the patient.
+    except Exception as error:
+        raise UnreadableImage(f"image {image_id} cannot be read ({type(error).__name__})") from None
     image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
     return image.convert("RGB")

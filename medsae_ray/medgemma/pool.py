@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,10 +52,9 @@ class Model(NamedTuple):
 
 
 def identify(settings: MedgemmaSettings, images_per_prompt: int) -> Model:
-    """The model behind the settings, checked before anything is started.
+    """The model behind the settings, checked before anything is started; an endpoint is not asked.
 
-    Raises InputError for a checkpoint that cannot be served or prompts that cannot fit, or an endpoint that
-    does not answer.
+    Raises InputError for a checkpoint that cannot be served or prompts that cannot fit.
     """
     if settings.backend == "engine":
         checkpoint = check_checkpoint(settings.model, settings.download)
@@ -62,10 +62,6 @@ def identify(settings: MedgemmaSettings, images_per_prompt: int) -> Model:
         folder = Path(settings.model).expanduser()
         name = folder.name if folder.is_dir() else settings.model
         return Model(f"{name}@{checkpoint.digest[:12]}", checkpoint.digest, checkpoint.stand_in, checkpoint)
-    if settings.backend == "endpoint":
-        from medsae_ray.medgemma.endpoint import check_endpoint
-
-        check_endpoint(settings)
     digest = hashlib.sha256(f"{settings.backend} {settings.model}".encode()).hexdigest()
     return Model(settings.model, digest, "stand-in" in settings.model.lower(), None)
 
@@ -96,11 +92,8 @@ def answer(requests: ray.data.Dataset, task: Task, settings: MedgemmaSettings) -
     try:
         backend = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        hint = ""
-        if settings.backend == "engine":
-            hint = " (the engine needs vLLM: pip install 'medsae-ray[gpu]', or [cpu] without a GPU)"
         raise InputError(
-            f"Setting medgemma.backend = {settings.backend!r} cannot be imported: {error}{hint}."
+            f"Setting medgemma.backend = {settings.backend!r} cannot be imported: {error}."
         ) from None
     return backend(requests, task, settings)
 
@@ -108,3 +101,16 @@ def answer(requests: ray.data.Dataset, task: Task, settings: MedgemmaSettings) -
 def rows_per_block(task: Task, settings: MedgemmaSettings) -> int:
     """Prompts a block, such that it shows at most `medgemma.block_rows` radiographs."""
     return max(1, settings.block_rows // task.images_per_prompt)
+
+
+def refuse_backend(settings: MedgemmaSettings) -> None:
+    """Raises InputError where the backend cannot answer: no vLLM installed, or a silent endpoint."""
+    if settings.backend == "endpoint":
+        from medsae_ray.medgemma.endpoint import check_endpoint
+
+        check_endpoint(settings)
+    elif settings.backend == "engine" and importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            "The backend medgemma.backend = 'engine' needs vLLM: pip install 'medsae-ray[gpu]', or "
+            "'medsae-ray[cpu]' without a GPU."
+        )

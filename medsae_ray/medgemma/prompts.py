@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,6 @@ class Template:
 
     text: str
     sha256: str
-    fields: frozenset[str]
 
 
 def load_template(kind: Kind, path: str | None, *, contrast: bool = False) -> Template:
@@ -71,7 +71,8 @@ def load_template(kind: Kind, path: str | None, *, contrast: bool = False) -> Te
     needed, known = _FIELDS[kind]
     if contrast:
         needed = needed | {"contrast"}
-    fields = frozenset(name or bare for name, bare in _FIELD.findall(text))
+    found = [name or bare for name, bare in _FIELD.findall(text)]
+    fields = frozenset(found)
     for name in sorted(needed - fields):
         raise InputError(f"The template {kind}.template lacks the field ${name}: put it where it belongs.")
     for name in sorted(fields - known):
@@ -79,12 +80,15 @@ def load_template(kind: Kind, path: str | None, *, contrast: bool = False) -> Te
             f"The template {kind}.template has the unknown field ${name}: the fields are "
             f"{', '.join(f'${field}' for field in sorted(known))}."
         )
+    for name in _IMAGE_FIELDS:
+        if found.count(name) > 1:
+            raise InputError(f"The template {kind}.template has ${name} twice: show each radiograph once.")
     if "contrast" in fields and not contrast:
         raise InputError(
             "The template name.template shows $contrast, but the panels hold no contrast images: make them "
             "with --panels.contrast_images, or drop the field."
         )
-    return Template(text, hashlib.sha256(text.encode()).hexdigest(), fields)
+    return Template(text, hashlib.sha256(text.encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,17 @@ class Task:
 
 
 def quoted(text: str) -> str:
-    """Text of a model or a table as a JSON string literal on one line, without angle brackets."""
-    return json.dumps(text, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
+    """Text of a model or a table as a JSON string literal on one line.
+
+    Angle brackets, of which control tokens are made, and invisible characters are written as escapes.
+    """
+    literal = json.dumps(text, ensure_ascii=False)
+    return "".join(
+        json.dumps(c)[1:-1]
+        if unicodedata.category(c)[0] == "C" or unicodedata.category(c) in ("Zl", "Zp")
+        else {"<": "\\u003c", ">": "\\u003e"}.get(c, c)
+        for c in literal
+    )
 
 
 def chat_prompt(tokenizer: Any, parts: list[Part]) -> str:

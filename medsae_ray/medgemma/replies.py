@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from medsae_ray.medgemma.prompts import CHOICES, MAX_CONCEPT, MAX_DESCRIPTION
 
 Status = Literal["answered", "unparsed", "failed"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 class Name(NamedTuple):

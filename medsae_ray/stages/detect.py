@@ -23,15 +23,17 @@ from medsae_ray.labelling_summary import labelling_text
 from medsae_ray.measure import LabelPolicy, labels_of
 from medsae_ray.medgemma.pool import Model, identify
 from medsae_ray.medgemma.prompts import Task, load_template, request_id
-from medsae_ray.medgemma.replies import parse_answer
-from medsae_ray.run import Manifest, Plan, Run, Staging
+from medsae_ray.medgemma.replies import STATUSES, parse_answer
+from medsae_ray.run import Manifest, Plan, Run, Staging, table_digest
 from medsae_ray.stages.asking import (
     REQUESTS,
     Collected,
     ask,
+    begin_asking,
     collect,
     estimate,
     refuse_failures,
+    require_fresh,
     throughput_notes,
 )
 from medsae_ray.stages.outcome import Outcome
@@ -79,7 +81,7 @@ def detect(run: Run, settings: Settings) -> Outcome:
     more than `medgemma.max_failed_share` of the prompts failed.
     """
     asked = prepare(run, settings)
-    staging = run.begin(asked.plan, settings.overwrite)
+    staging = begin_asking(run, asked.plan, settings.overwrite)
     asking = staging is not None
     if staging is not None:
         _ask(asked, staging, settings)
@@ -94,9 +96,10 @@ def dry_run(run: Run, settings: Settings) -> str:
     prompts = asked.prompts
     n, n_shuffled = len(prompts.neuron), int((prompts.condition == 1).sum())
     chunks = np.array_split(np.arange(n), -(-n // CHUNK))
-    told = estimate((_requests(prompts, rows) for rows in chunks), asked.task, asked.model)
+    requests = (_requests(prompts, rows) for rows in chunks)
+    told = estimate(requests, asked.task, asked.model, Staging(run, asked.plan))
     return (
-        f"detect would send {told}; {n - n_shuffled:,} prompts about a neuron's own description, "
+        f"detect would send {told}; in all {n - n_shuffled:,} prompts are about a neuron's own description, "
         f"{n_shuffled:,} about another's."
     )
 
@@ -106,7 +109,7 @@ def prepare(run: Run, settings: Settings) -> Detecting:
 
     Raises InputError for a model or a template that cannot be used, and where no neuron has a name.
     """
-    panels, names = run.require("panels", "panels"), run.require("names", "name")
+    panels, names = require_fresh(run, "panels", "panels"), require_fresh(run, "names", "name")
     task = Task("detect", load_template("detect", settings.detect.template), 1, 1)
     model = identify(settings.medgemma, 1)
     asking = {key: value for key, value in fingerprinted(settings.detect).items() if key in ASKING}
@@ -115,7 +118,13 @@ def prepare(run: Run, settings: Settings) -> Detecting:
         "detect",
         "verdicts",
         {**asking, **chosen, "template_sha256": task.template.sha256, "model": model.name},
-        {"panels": panels.fingerprint, "names": names.fingerprint, "model": model.digest},
+        # Names that were asked again where they had failed have the same fingerprint, but other texts.
+        {
+            "panels": panels.fingerprint,
+            "names": names.fingerprint,
+            "texts": table_digest(run.read("names", NAMES, ["neuron", "concept", "description"])),
+            "model": model.digest,
+        },
     )
     return Detecting(_prompts(run, settings, task, model), task, model, plan)
 
@@ -128,7 +137,7 @@ def _ask(asked: Detecting, staging: Staging, settings: Settings) -> Manifest:
     throughput = ask(requests, staging, asked.task, settings)
     collected = collect(prompts.request_ids, staging)
     refuse_failures(collected, settings.medgemma)
-    counts = {"answered": 0, "unparsed": 0, "failed": 0}
+    counts = dict.fromkeys(STATUSES, 0)
     for number, rows in enumerate(_whole_neurons(prompts.neuron)):
         table = _verdicts(prompts, collected, rows, asked)
         for status in counts:

@@ -46,9 +46,12 @@ def measure(run: Run, settings: Settings) -> Outcome:
     )
     staging = run.begin(plan, settings.overwrite)
     if staging is None:
-        done = run.require("neurons", "measure")
-        print(as_text(write_summary(run)))
-        return Outcome(done, ran=False)
+        raw_dimensions = run.manifest("dimensions")
+        if raw_dimensions is not None and raw_dimensions.fingerprint == plan.fingerprint:
+            print(as_text(write_summary(run)))
+            return Outcome(run.require("neurons", "measure"), ran=False)
+        # A driver that was killed between its two commits left the dimensions of other settings.
+        staging = run.restage(plan)
 
     splits = _Splits(run, activations.notes["n_neurons"], embeddings.notes["embedding_dim"])
     notes: dict[str, Any] = {"policy": {"uncertain": chosen.uncertain, "blank": chosen.blank}}

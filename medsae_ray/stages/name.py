@@ -11,10 +11,20 @@ import pyarrow.compute as pc
 from medsae_ray.config import Settings, fingerprinted
 from medsae_ray.medgemma.pool import Model, identify
 from medsae_ray.medgemma.prompts import Task, load_template, request_id
-from medsae_ray.medgemma.replies import parse_name
-from medsae_ray.run import Plan, Run
-from medsae_ray.stages.asking import REQUESTS, ask, collect, estimate, refuse_failures, throughput_notes
+from medsae_ray.medgemma.replies import STATUSES, parse_name
+from medsae_ray.run import Plan, Run, Staging
+from medsae_ray.stages.asking import (
+    REQUESTS,
+    ask,
+    begin_asking,
+    collect,
+    estimate,
+    refuse_failures,
+    require_fresh,
+    throughput_notes,
+)
 from medsae_ray.stages.outcome import Outcome
+from medsae_ray.summary import forget_labelling
 from medsae_ray.tables import NAMES, PANELS, RADIOGRAPHS
 
 
@@ -35,7 +45,7 @@ def name(run: Run, settings: Settings) -> Outcome:
     `medgemma.max_failed_share` of the prompts failed.
     """
     asked = prepare(run, settings)
-    staging = run.begin(asked.plan, settings.overwrite)
+    staging = begin_asking(run, asked.plan, settings.overwrite)
     if staging is None:
         return Outcome(run.require("names", "name"), ran=False)
     throughput = ask([asked.requests], staging, asked.task, settings)
@@ -44,6 +54,7 @@ def name(run: Run, settings: Settings) -> Outcome:
     refuse_failures(collected, settings.medgemma)
     parsed = [parse_name(*told) for told in zip(collected.reply, collected.reason, strict=True)]
     n = len(ids)
+    statuses = {status: sum(one.status == status for one in parsed) for status in STATUSES}
     table = pa.table(
         {
             "neuron": asked.requests["neuron"],
@@ -64,15 +75,17 @@ def name(run: Run, settings: Settings) -> Outcome:
         rows_in=n,
         rows_out=n,
         stand_ins=[f"model {asked.model.name}"] if asked.model.stand_in else [],
-        notes={"model": asked.model.name, **throughput_notes(throughput)},
+        notes={"model": asked.model.name, "statuses": statuses, **throughput_notes(throughput)},
     )
+    forget_labelling(run)
     return Outcome(manifest, ran=True)
 
 
 def dry_run(run: Run, settings: Settings) -> str:
     """What `name` would send, in words; nothing is sent."""
     asked = prepare(run, settings)
-    return f"name would send {estimate([asked.requests], asked.task, asked.model)}."
+    staging = Staging(run, asked.plan)
+    return f"name would send {estimate([asked.requests], asked.task, asked.model, staging)}."
 
 
 def prepare(run: Run, settings: Settings) -> Naming:
@@ -80,7 +93,7 @@ def prepare(run: Run, settings: Settings) -> Naming:
 
     Raises InputError for a model or a template that cannot be used.
     """
-    panels = run.require("panels", "panels")
+    panels = require_fresh(run, "panels", "panels")
     contrast = panels.settings["contrast_images"]
     images = panels.settings["name_images"] + contrast
     task = Task(

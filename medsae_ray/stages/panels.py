@@ -13,6 +13,7 @@ from medsae_ray.measure import neurons_schema
 from medsae_ray.panels import ROLES, Panels, build_panels, check_panels, gather
 from medsae_ray.run import Plan, Run
 from medsae_ray.stages.outcome import Outcome
+from medsae_ray.summary import forget_labelling
 from medsae_ray.tables import ACTIVATIONS, PANELS, RADIOGRAPHS
 
 PART = "part-00000.parquet"
@@ -51,10 +52,11 @@ def panels(run: Run, settings: Settings) -> Outcome:
     check_panels(written, radiographs)
 
     n_images = len(valid.image_ids) + len(test.image_ids)
+    manifest = staging.commit(rows_in=n_images, rows_out=written.num_rows, notes=_notes(built))
     beside = run.restage(Plan("panels", "candidates", plan.settings, plan.inputs))
     beside.write_table(built.candidates)
     beside.commit(rows_in=n_images, rows_out=built.candidates.num_rows)
-    manifest = staging.commit(rows_in=n_images, rows_out=written.num_rows, notes=_notes(built))
+    forget_labelling(run)
     return Outcome(manifest, ran=True)
 
 

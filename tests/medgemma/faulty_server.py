@@ -19,7 +19,9 @@ from typing import Any
 from aiohttp import web
 
 MODEL = "some/model"
-YES_ID, NO_ID = 11, 12
+TOKENS = {"yes": [11], "Yes": [12], "YES": [13, 14], "no": [15], "No": [16], "NO": [17, 14]}
+CHOICE_IDS = (11, 12, 15, 16)
+"""The tokens of TOKENS that are a whole answer."""
 Fault = str | None
 """None, a status such as "500", or one of `_BODIES`, "hang", "reset", "cut", "huge", "no logprobs"."""
 
@@ -149,7 +151,7 @@ class FaultyServer:
         if not self.tokenizes:
             return web.json_response({"detail": "Not Found"}, status=404)
         word = (await request.json())["prompt"]
-        return web.json_response({"tokens": [{"yes": YES_ID, "no": NO_ID}[word]], "count": 1})
+        return web.json_response({"tokens": TOKENS[word]})
 
     async def _elsewhere(self, request: web.Request) -> web.Response:
         self.paths[request.path] += 1

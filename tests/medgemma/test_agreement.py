@@ -81,12 +81,12 @@ def requests_of(checkpoint: Checkpoint, files: list[str], findings: np.ndarray) 
             "description": description,
         }
 
-    detect = Task("detect", load_template("detect", None), 1)
+    detect = Task("detect", load_template("detect", None), max_tokens=1, images_per_prompt=1)
     for number in rng.choice(N_IMAGES, N_DETECTIONS // 2, replace=False):
         present = rng.choice(np.flatnonzero(findings[number]))
         absent = rng.choice(np.flatnonzero(findings[number] == 0))
         rows += [(detect, row([number], f"signs of {LABELS[label].lower()}")) for label in (present, absent)]
-    name = Task("name", load_template("name", None), 200)
+    name = Task("name", load_template("name", None), max_tokens=200, images_per_prompt=8)
     for label in range(N_NAMINGS):
         showing = np.flatnonzero(findings[:, label])
         size = min(int(rng.integers(4, 9)), len(showing))
@@ -103,7 +103,7 @@ def requests_of(checkpoint: Checkpoint, files: list[str], findings: np.ndarray) 
 
 def ask_vllm(checkpoint: Checkpoint, requests: list[Request], folder: Path) -> list[Reply]:
     """Replies of an engine in a process of its own, float32 on the CPU."""
-    choice_ids = (checkpoint.yes_id, checkpoint.no_id)
+    choice_ids = (checkpoint.yes_ids[0], checkpoint.no_ids[0])
     job = {
         "settings": {
             "model": checkpoint.path,
@@ -124,6 +124,8 @@ def ask_vllm(checkpoint: Checkpoint, requests: list[Request], folder: Path) -> l
         env=os.environ
         | {
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            # The same engine without processes of its own: up in a fifth of the time.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HOST_IP": "127.0.0.1",
             "HF_HUB_OFFLINE": "1",
@@ -148,7 +150,7 @@ class HuggingFace:
     """transformers on the same requests, one at a time."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.choice_ids = [checkpoint.yes_id, checkpoint.no_id]
+        self.choice_ids = [checkpoint.yes_ids[0], checkpoint.no_ids[0]]
         self.processor = AutoProcessor.from_pretrained(checkpoint.path)
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
         self.settings = MedgemmaSettings()

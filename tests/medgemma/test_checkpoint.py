@@ -324,7 +324,7 @@ def test_the_layout_passes(layout: Path) -> None:
     assert found.path == str(layout)
     assert not found.stand_in
     assert (found.image_size, found.image_tokens, found.max_positions) == (56, 4, 131072)
-    assert [found.yes_id, found.no_id] == tokenizer.convert_tokens_to_ids(["yes", "no"])
+    assert [found.yes_ids[0], found.no_ids[0]] == tokenizer.convert_tokens_to_ids(["yes", "no"])
     assert found.n_parameters == sum(p.numel() for p in model.parameters())
     assert config["text_config"]["vocab_size"] % 64 == 0
 

@@ -12,7 +12,7 @@ from email.utils import format_datetime, formatdate
 
 import numpy as np
 import pytest
-from faulty_server import MODEL, NO_ID, YES_ID, FaultyServer, p_yes
+from faulty_server import CHOICE_IDS, MODEL, TOKENS, FaultyServer, p_yes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -38,7 +38,7 @@ from medsae_ray.medgemma.prompts import NAME_SCHEMA, Task, load_template
 KEY = "sk-very-secret-0123456789"
 DETECT = Task("detect", load_template("detect", None), 1, 1)
 NAME = Task("name", load_template("name", None), 200, 3)
-IDS = Served(None, (YES_ID, NO_ID))
+IDS = Served(None, CHOICE_IDS)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +127,8 @@ def test_a_detection_shows_the_engines_pixels_and_asks_for_one_token(server, rad
         assert np.array_equal(pixels_of(image), np.asarray(wanted))
         assert request.body == {
             "model": MODEL, "temperature": 0, "max_tokens": 1, "seed": 0, "logprobs": True,
-            "top_logprobs": TOP_LOGPROBS, "allowed_token_ids": [YES_ID, NO_ID],
-            "logprob_token_ids": [YES_ID, NO_ID],
+            "top_logprobs": TOP_LOGPROBS, "allowed_token_ids": [*CHOICE_IDS],
+            "logprob_token_ids": [*CHOICE_IDS],
         }  # fmt: skip
         reply = replies[row["neuron"]]
         assert reply.reason is None
@@ -424,7 +424,7 @@ def test_the_key_is_sent_as_bearer_and_told_nowhere(radiographs, monkeypatch, ca
     assert KEY not in caplog.text
 
 
-def test_the_check_finds_the_token_ids_and_shows_as_many_images_as_a_prompt(server):
+def test_the_check_finds_the_token_ids_and_shows_as_many_images_as_a_prompt(server, monkeypatch):
     assert check_endpoint(settings_of(server)) == Served(None, None)
     assert dict(server.paths) == {"/v1/models": 1}
     assert check_endpoint(settings_of(server), DETECT) == IDS
@@ -432,6 +432,8 @@ def test_the_check_finds_the_token_ids_and_shows_as_many_images_as_a_prompt(serv
     shown = [len(request.body["messages"][0]["content"]) - 1 for request in server.requests]
     assert shown == [1, 3]
     assert "response_format" in server.requests[-1].body
+    monkeypatch.setitem(TOKENS, "no", [1, 2])
+    assert check_endpoint(settings_of(server), DETECT).choice_ids is None
     server.tokenizes = False
     assert check_endpoint(settings_of(server), DETECT).choice_ids is None
     server.paths.clear()
