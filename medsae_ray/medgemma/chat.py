@@ -22,16 +22,16 @@ import numpy as np
 from pydantic import SecretStr
 
 from medsae_ray.config import MedgemmaSettings
-from medsae_ray.errors import InputError
+from medsae_ray.errors import InputError, printable
 from medsae_ray.medgemma.checkpoint import SPELLINGS
 from medsae_ray.medgemma.prompts import CHOICES, NAME_SCHEMA, Kind
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 """Pause before the first retry, doubled at each further one, and the longest: with the default of 6 retries
 a request outlives an outage of about a minute."""
-GIVE_UP_S = 1800.0
+GIVE_UP_S = 900.0
 """After so long without one useful answer the remaining requests fail at once: a dead server ends the stage
-in half an hour, not in retries × prompts."""
+in a quarter of an hour, not in retries × prompts, and before Ray Data's own limit of half an hour."""
 MAX_REPLY_BYTES = 2**20
 TOP_LOGPROBS = 20
 """Most log-probabilities a token that OpenAI's protocol gives."""
@@ -250,7 +250,7 @@ def _told(content: bytes, key: SecretStr | None) -> str:
     if key is not None:
         words = words.replace(key.get_secret_value(), "…")
     words = re.sub(r"\S*/\S*|\S{40,}", "…", words)
-    return f": {words[:200].rstrip('.')}" if words else ""
+    return f": {printable(words, 200).rstrip('.')}" if words else ""
 
 
 def retry_after(header: str | None) -> float | None:

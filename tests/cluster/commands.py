@@ -23,6 +23,15 @@ SMALL = (
 )  # fmt: skip
 """A pipeline that takes a minute: 400 phantoms, 1,024 neurons."""
 
+LABELLING = (
+    "--panels.per_label", "1", "--panels.min_patients", "3", "--panels.name_images", "5",
+    "--panels.detect_images", "8", "--medgemma.model", "stand-in", "--medgemma.gpus_per_replica", "0",
+    "--medgemma.kv_cache_gib", "1", "--medgemma.max_model_len", "1024", "--medgemma.dtype", "float32",
+    "--medgemma.max_num_seqs", "16", "--medgemma.block_rows", "16", "--medgemma.concurrent_batches", "1",
+    "--medgemma.engine", '{"block_size": 32}', "--ray.progress", "false",
+)  # fmt: skip
+"""Naming and detection of a dozen neurons of that pipeline by the stand-in VLM."""
+
 
 def medsae(*arguments: str, code: int = 0, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Run `medsae` to its end and check its exit code."""

@@ -6,23 +6,20 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from commands import medsae, start_medsae
+from commands import LABELLING, medsae, start_medsae
 from scipy.stats import binomtest, false_discovery_control, fisher_exact
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-LABELLING = (
-    "--panels.per_label", "1", "--panels.min_patients", "3", "--panels.name_images", "5",
-    "--panels.detect_images", "8", "--medgemma.model", "stand-in", "--medgemma.gpus_per_replica", "0",
-    "--medgemma.kv_cache_gib", "1", "--medgemma.max_model_len", "1024", "--medgemma.dtype", "float32",
-    "--medgemma.max_num_seqs", "16", "--medgemma.block_rows", "16", "--medgemma.concurrent_batches", "1",
-    "--medgemma.engine", '{"block_size": 16}', "--ray.progress", "false",
-)  # fmt: skip
+sys.path.append(str(Path(__file__).parents[1] / "medgemma"))
+from layout import write_medgemma_layout
+
 INPUTS = ("radiographs", "embeddings", "sae", "activations", "neurons", "dimensions")
 KEYS = ["neuron", "image_id", "condition"]
 
@@ -153,7 +150,7 @@ def test_the_summary_says_what_the_tables_say(labelled):
     best = detections[detections["enough"]].sort_values("balanced_accuracy_low", ascending=False).iloc[0]
     assert str(best["neuron"]) in printed
     assert "STAND-IN" in printed
-    assert re.search(r"prompts/s|prompts a second", printed)
+    assert re.search(r"prompts in [\d,]+ s \(\d[\d.]* a second\)", printed)
     assert not re.search(r"patient\d{5}", "".join(one.stdout + one.stderr for one in done))
 
 
@@ -259,3 +256,28 @@ def test_an_engine_killed_in_the_middle_of_naming_is_replaced(copied, labelled, 
     pd.testing.assert_frame_equal(ours, theirs)
     time.sleep(3)
     assert not set(engine_processes()) - earlier
+
+
+def test_a_checkpoint_of_the_real_layout_is_served_by_changing_the_path_alone(copied, tmp_path):
+    folder = tmp_path / "medgemma-4b-it"
+    write_medgemma_layout(folder)
+    run = copied("panels", "candidates", "names")
+    label(run, "detect", "--medgemma.model", str(folder))
+    verdicts = read(run, "verdicts")
+    assert (verdicts["status"] == "answered").all()
+    assert verdicts["p_yes"].between(0, 1, inclusive="neither").all()
+    assert verdicts["model"].str.startswith("medgemma-4b-it@").all()
+    label(run, "name", "--medgemma.model", str(folder), "--name.max_tokens", "32", "--overwrite")
+    names = read(run, "names")
+    # Random weights keep to the schema and never come to its end.
+    assert set(names["status"]) <= {"answered", "unparsed"}
+    assert names["reply"].str.startswith("{").all()
+    assert manifest(run, "names")["stand_ins"] == ["encoder stand-in"]
+
+    shards = sorted(folder.glob("*.safetensors"))
+    shards[-1].unlink()
+    start = time.monotonic()
+    refused = label(run, "detect", "--medgemma.model", str(folder), code=2)
+    assert time.monotonic() - start < 30
+    assert f"lacks {shards[-1].name}" in refused.stderr
+    assert refused.stderr.count("\n") == 1
