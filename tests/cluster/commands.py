@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,3 +50,23 @@ def start_medsae(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
     """Start `medsae` and go on; its output goes to `log`."""
     with open(log, "wb") as stream:
         return subprocess.Popen([*MEDSAE, *arguments], stdout=stream, stderr=stream, env=ENVIRONMENT)
+
+
+def watched(connects: Path) -> list[str]:
+    """Prefix of a command of which strace lists every connection in a file; none where there is no strace.
+
+    With each call stands the name of its process.
+    """
+    if shutil.which("strace") is None:
+        return []
+    calls = ["-e", "trace=connect,sendto", "-e", "signal=none"]
+    return ["strace", "-f", "--decode-pids=comm", "--seccomp-bpf", "-qq", *calls, "-o", str(connects)]
+
+
+def outside_hosts(connects: Path) -> set[str]:
+    """Addresses beyond this machine that a watched command turned to."""
+    calls = connects.read_text(errors="replace")
+    addresses = re.findall(r'inet_addr\("([^"]+)"\)|inet_pton\(AF_INET6, "([^"]+)"', calls)
+    hosts = {v4 or v6.removeprefix("::ffff:") for v4, v6 in addresses}
+    assert "127.0.0.1" in hosts
+    return {host for host in hosts if not host.startswith("127.") and host != "::1"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from commands import SMALL, medsae
+from commands import SMALL, medsae, watched
 
 
 class PhantomRun(NamedTuple):
@@ -26,13 +26,9 @@ def phantom_run(tmp_path_factory: pytest.TempPathFactory) -> PhantomRun:
     """`medsae pipeline` on 400 phantoms with the stand-in encoder, watched by strace where there is one."""
     folder = tmp_path_factory.mktemp("phantom") / "run"
     connects = folder.parent / "connects"
-    watched = shutil.which("strace") is not None
-    call = "connect,sendto"
-    prefix = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", f"trace={call}", "-e", "signal=none", "-o"]
-    done = medsae(
-        "pipeline", "--run", str(folder), *SMALL, prefix=[*prefix, str(connects)] if watched else []
-    )
-    return PhantomRun(folder, done.stdout, done.stderr, connects if watched else None)
+    prefix = watched(connects)
+    done = medsae("pipeline", "--run", str(folder), *SMALL, prefix=prefix)
+    return PhantomRun(folder, done.stdout, done.stderr, connects if prefix else None)
 
 
 @pytest.fixture(scope="session")

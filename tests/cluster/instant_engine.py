@@ -1,20 +1,34 @@
-"""An engine that answers at once, for the one test whose subject is the driver: `instant_engine:answer`."""
+"""An engine that answers at once, for tests whose subject is who is asked what: `instant_engine:answer`.
+
+`INSTANT_FAILING` says how many of 1,000 prompts fail; `INSTANT_ASKED` names a folder that takes the id of
+every prompt that was asked.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import uuid
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+CONCEPTS = ("pleural effusion", "cardiomegaly", "pneumothorax", "lung opacity", "no common finding")
+
 
 def answer(requests, task, settings):
     """Replies that follow from the request's id: 1 of 50 unparsed, 1 of 100 failed, else yes or no."""
-    return requests.map_batches(reply, batch_format="pyarrow")
+    return requests.map_batches(functools.partial(reply, kind=task.kind), batch_format="pyarrow")
 
 
-def reply(batch: pa.Table) -> pa.Table:
-    replies, p_yes, reasons = zip(*map(told, batch["request_id"].to_pylist()), strict=True)
+def reply(batch: pa.Table, kind: str) -> pa.Table:
+    ids = batch["request_id"].to_pylist()
+    if folder := os.environ.get("INSTANT_ASKED"):
+        Path(folder, uuid.uuid4().hex).write_text("\n".join(ids))
+    replies, p_yes, reasons = zip(*(told(i, kind) for i in ids), strict=True)
     n = batch.num_rows
     columns = {
         "reply": pa.array(replies, pa.string()),
@@ -30,11 +44,14 @@ def reply(batch: pa.Table) -> pa.Table:
     return batch
 
 
-def told(request_id: str) -> tuple[str | None, float | None, str | None]:
+def told(request_id: str, kind: str = "detect") -> tuple[str | None, float | None, str | None]:
     """Reply, p_yes and reason for one request."""
     draw = zlib.crc32(request_id.encode()) % 1000
-    if draw < 10:
+    if draw < int(os.environ.get("INSTANT_FAILING", "10")):
         return None, None, "the engine is not there"
+    if kind == "name":
+        concept = CONCEPTS[draw % len(CONCEPTS)]
+        return json.dumps({"concept": concept, "description": f"Signs of {concept}, {draw}."}), None, None
     if draw < 30:
         return "perhaps", None, None
     return ("yes" if draw >= 500 else "no"), draw / 1000, None

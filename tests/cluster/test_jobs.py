@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from commands import ENVIRONMENT, ROOT, SMALL
+from commands import ENVIRONMENT, LABELLING, ROOT, SMALL
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -91,14 +91,23 @@ def test_a_submitted_pipeline_fills_the_run_folder(cluster, tmp_path):
     run = tmp_path / "run"
     done = submit(
         cluster, "jobs/pipeline.py", "--config", "jobs/demo.yaml", "--run", str(run), *SMALL,
-        "--radiographs.phantom_images", "200",
+        *LABELLING, "--until", "detect",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "MedSAE summary" in done.stdout
     summary = json.loads((run / "summary.json").read_text())
     embedded = pd.read_parquet(run / "embeddings", columns=["image_id"])["image_id"]
-    assert embedded.nunique() == len(embedded) == summary["radiographs"]["embedded"] == 200
+    assert embedded.nunique() == len(embedded) == summary["radiographs"]["embedded"] == 400
     assert len(pd.read_parquet(run / "neurons")) == 1024
+    candidates, names, verdicts, detections = (
+        pd.read_parquet(run / table) for table in ("candidates", "names", "verdicts", "detections")
+    )
+    assert candidates["candidate"].sum() == len(names) == len(detections) > 0
+    assert detections["named"].any()
+    named = detections[detections["named"]]["neuron"]
+    assert set(verdicts.loc[verdicts["condition"] == "true", "neuron"]) == set(named)
+    assert (verdicts["status"] == "answered").mean() > 0.99
+    assert summary["labelling"]["names"]["named"] == len(named)
 
 
 def test_a_relative_run_folder_is_refused(cluster):
