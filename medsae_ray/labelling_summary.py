@@ -13,7 +13,7 @@ from medsae_ray.concepts import canonical, is_named
 from medsae_ray.detections import ACCURATE, NullFigures, per_class_table, permuted_null, shuffled_null
 from medsae_ray.errors import printable
 from medsae_ray.labels import LABELS
-from medsae_ray.run import Manifest, Run
+from medsae_ray.run import Manifest, Run, table_digest
 from medsae_ray.statistics import above, chance_above, wilson
 from medsae_ray.tables import CANDIDATES, DETECTIONS, NAMES, VERDICTS
 
@@ -25,6 +25,18 @@ LOW_ACCURACY = 0.60
 """Mean detection accuracy below which the paper's failure signature is met."""
 N_BEST, N_REASONS = 10, 5
 CONDITIONS = ("true", "shuffled")
+
+
+def texts_digest(run: Run) -> str:
+    """SHA-256 of what the neurons are called now: names that had failed and were asked again have the same
+    fingerprint as before, but other texts."""
+    return table_digest(run.read("names", NAMES, ["neuron", "concept", "description"]))
+
+
+def is_current(run: Run) -> bool:
+    """Whether the run has `detections`, of its present names."""
+    asked = run.manifest("verdicts")
+    return asked is not None and run.is_fresh("detections") and asked.inputs["texts"] == texts_digest(run)
 
 
 def labelling(run: Run) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medsae_ray.labelling_summary import labelling
+from medsae_ray.labelling_summary import is_current, labelling
 from medsae_ray.labels import LABELS
 from medsae_ray.measure import EntropyMean, entropy_means, failure_signatures
 from medsae_ray.run import Manifest, Run
@@ -25,7 +25,7 @@ def write_summary(run: Run) -> dict[str, Any]:
     Its `labelling` is there once the neurons are named and tested, and until what they rest on changes.
     """
     summary = summarise(run)
-    if run.is_fresh("detections"):
+    if is_current(run):
         summary["labelling"] = labelling(run)
     run.write_bytes(json.dumps(summary, indent=1).encode(), "summary.json")
     return summary

@@ -7,6 +7,7 @@ which may be made again, with other settings, without asking anything.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,12 +20,12 @@ from medsae_ray.concepts import is_named
 from medsae_ray.config import Settings, fingerprinted
 from medsae_ray.detections import VERDICT_COLUMNS, detections_table, label_phi, shuffled_partner
 from medsae_ray.errors import InputError
-from medsae_ray.labelling_summary import labelling_text
+from medsae_ray.labelling_summary import labelling_text, texts_digest
 from medsae_ray.measure import LabelPolicy, labels_of
 from medsae_ray.medgemma.pool import Model, identify
 from medsae_ray.medgemma.prompts import Task, load_template, request_id
 from medsae_ray.medgemma.replies import STATUSES, parse_answer
-from medsae_ray.run import Manifest, Plan, Run, Staging, table_digest
+from medsae_ray.run import Manifest, Plan, Run, Staging
 from medsae_ray.stages.asking import (
     REQUESTS,
     Collected,
@@ -118,11 +119,10 @@ def prepare(run: Run, settings: Settings) -> Detecting:
         "detect",
         "verdicts",
         {**asking, **chosen, "template_sha256": task.template.sha256, "model": model.name},
-        # Names that were asked again where they had failed have the same fingerprint, but other texts.
         {
             "panels": panels.fingerprint,
             "names": names.fingerprint,
-            "texts": table_digest(run.read("names", NAMES, ["neuron", "concept", "description"])),
+            "texts": texts_digest(run),
             "model": model.digest,
         },
     )
@@ -161,7 +161,12 @@ def _count(run: Run, settings: Settings) -> bool:
         "detect",
         "detections",
         {**counting, "seed": settings.detect.seed},
-        {"verdicts": verdicts.fingerprint, "names": names.fingerprint},
+        # Prompts that had failed and were asked again leave the verdicts' fingerprint as it was.
+        {
+            "verdicts": verdicts.fingerprint,
+            "names": names.fingerprint,
+            "statuses": json.dumps(verdicts.notes["statuses"], sort_keys=True),
+        },
     )
     staging = run.begin(plan, overwrite=True)
     if staging is None:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,15 @@ class Reply(NamedTuple):
     text: str
     ids: list[int]
     p_yes: float | None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small run many times faster on one thread where other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +136,7 @@ def ask_vllm(checkpoint: Checkpoint, requests: list[Request], folder: Path) -> l
             "VLLM_CPU_KVCACHE_SPACE": "1",
             # The same engine without processes of its own: up in a fifth of the time.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HOST_IP": "127.0.0.1",
             "HF_HUB_OFFLINE": "1",
@@ -207,6 +218,9 @@ def compare_detections(reference: HuggingFace, requests: list[Request], replies:
     # The reference can tell prompts apart: agreement on a constant would say little.
     assert causal.std() > 0.02
     difference = np.abs(own - causal)
+    # The two masks are two, and the model minds it little.
+    assert difference.max() > 1e-4
+    assert difference.mean() < 0.1
     return (
         f"{len(pairs)} detections: |p_yes(vLLM) - p_yes(HF, causal)| at most "
         f"{np.abs(engine - causal).max():.1e}; |p_yes(HF, bidirectional) - p_yes(HF, causal)| mean "
