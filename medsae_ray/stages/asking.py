@@ -79,7 +79,6 @@ def ask(requests: Iterable[pa.Table], staging: Staging, task: Task, settings: Se
     if not n_missing:
         return None
     start = time.monotonic()
-    refuse_backend(settings.medgemma)
     start_ray(settings.ray)
     _require_replicas(settings.medgemma)
     import ray
@@ -162,13 +161,21 @@ def require_fresh(run: Run, table: str, stage: str) -> Manifest:
     return manifest
 
 
-def begin_asking(run: Run, plan: Plan, overwrite: bool) -> Staging | None:
+def begin_asking(run: Run, plan: Plan, settings: Settings) -> Staging | None:
     """Where to write a table of replies, or None where it is done.
 
     With `overwrite`, a table that is done but for prompts that failed is opened again to ask those.
+    Raises InputError, before anything is begun, where the backend cannot answer.
     """
-    staging = run.begin(plan, overwrite, keep=[WORKING])
-    if staging is None and overwrite and run.require(plan.table, plan.stage).notes["statuses"]["failed"]:
+    done = run.manifest(plan.table)
+    if done is None or done.fingerprint != plan.fingerprint:
+        refuse_backend(settings.medgemma)
+    staging = run.begin(plan, settings.overwrite, keep=[WORKING])
+    if (
+        staging is None
+        and settings.overwrite
+        and run.require(plan.table, plan.stage).notes["statuses"]["failed"]
+    ):
         return run.restage(plan, keep=[WORKING])
     return staging
 

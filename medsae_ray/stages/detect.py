@@ -82,7 +82,7 @@ def detect(run: Run, settings: Settings) -> Outcome:
     more than `medgemma.max_failed_share` of the prompts failed.
     """
     asked = prepare(run, settings)
-    staging = begin_asking(run, asked.plan, settings.overwrite)
+    staging = begin_asking(run, asked.plan, settings)
     asking = staging is not None
     if staging is not None:
         _ask(asked, staging, settings)

@@ -45,7 +45,7 @@ def name(run: Run, settings: Settings) -> Outcome:
     `medgemma.max_failed_share` of the prompts failed.
     """
     asked = prepare(run, settings)
-    staging = begin_asking(run, asked.plan, settings.overwrite)
+    staging = begin_asking(run, asked.plan, settings)
     if staging is None:
         return Outcome(run.require("names", "name"), ran=False)
     throughput = ask([asked.requests], staging, asked.task, settings)

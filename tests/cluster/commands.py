@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 MEDSAE = [sys.executable, "-m", "medsae_ray.cli"]
@@ -70,3 +71,8 @@ def outside_hosts(connects: Path) -> set[str]:
     hosts = {v4 or v6.removeprefix("::ffff:") for v4, v6 in addresses}
     assert "127.0.0.1" in hosts
     return {host for host in hosts if not host.startswith("127.") and host != "::1"}
+
+
+def label(run: Path, stage: str, *more: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run one of the labelling stages to its end on a dozen neurons; `options` are those of `medsae`."""
+    return medsae(stage, "--run", str(run), *LABELLING, *more, **options)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from commands import SMALL, medsae, watched
+from commands import SMALL, label, medsae, watched
 
 
 class PhantomRun(NamedTuple):
@@ -44,6 +45,44 @@ def copy_of(phantom_run: PhantomRun, tmp_path: Path) -> Callable[..., Path]:
     def copy(*tables: str) -> Path:
         for table in tables:
             shutil.copytree(phantom_run.folder / table, tmp_path / "run" / table)
+        return tmp_path / "run"
+
+    return copy
+
+
+INPUTS = ("radiographs", "embeddings", "sae", "activations", "neurons", "dimensions")
+"""Tables that the labelling stages and the summary read."""
+
+
+class Labelled(NamedTuple):
+    """A run through the three stages, undisturbed."""
+
+    run: Path
+    done: list[subprocess.CompletedProcess[str]]
+    """Panels, name, detect."""
+    connects: Path | None
+    """strace's list of every connection that a process of `detect` opened; None without strace."""
+
+
+@pytest.fixture(scope="session")
+def labelled(phantom_run, tmp_path_factory) -> Labelled:
+    """The three stages after a finished small run."""
+    run = tmp_path_factory.mktemp("labelled") / "run"
+    for table in INPUTS:
+        shutil.copytree(phantom_run.folder / table, run / table)
+    connects = run.parent / "connects"
+    prefix = watched(connects)
+    done = [label(run, "panels"), label(run, "name"), label(run, "detect", prefix=prefix)]
+    return Labelled(run, done, connects if prefix else None)
+
+
+@pytest.fixture
+def copied(labelled, tmp_path):
+    """A function that copies some tables of the labelled run into a run folder of its own."""
+
+    def copy(*tables: str) -> Path:
+        for table in (*INPUTS, *tables):
+            shutil.copytree(labelled.run / table, tmp_path / "run" / table)
         return tmp_path / "run"
 
     return copy

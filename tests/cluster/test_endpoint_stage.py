@@ -231,6 +231,8 @@ def test_vllms_server_gives_the_rows_of_the_engine_backend(labelled, copied, vll
     ask(run, "detect", vllm_server, model="stand-in")
     ours, theirs = (read(folder, "verdicts").set_index(KEYS).sort_index() for folder in (run, engine))
     assert len(theirs) > 100
+    # Asked anew: the id of a prompt names who answers it.
+    assert not set(ours["request_id"]) & set(theirs["request_id"])
     assert ours.index.equals(theirs.index)
     same = ["description_neuron", "expected", "status", "reason", "prompt_sha256", "quantile"]
     pd.testing.assert_frame_equal(ours[same], theirs[same])

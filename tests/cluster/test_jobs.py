@@ -81,10 +81,19 @@ def wait_for_nodes(address: str, count: int) -> None:
 
 
 def submit(address: str, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", "python", *command],
-        capture_output=True, text=True, env=ENVIRONMENT, check=False,
-    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(
+            [
+                RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", "python",
+                *command,
+            ],
+            capture_output=True, text=True, env=ENVIRONMENT, check=False,
+        )  # fmt: skip
+        # A node is there before the agent that takes jobs.
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(2)
 
 
 def test_a_submitted_pipeline_fills_the_run_folder(cluster, tmp_path):

@@ -11,60 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import commands
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from commands import LABELLING, medsae, outside_hosts, start_medsae, watched
+from commands import LABELLING, label, outside_hosts, start_medsae
 from scipy.stats import binomtest, false_discovery_control, fisher_exact
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 sys.path.append(str(Path(__file__).parents[1] / "medgemma"))
 from layout import write_medgemma_layout
 
-INPUTS = ("radiographs", "embeddings", "sae", "activations", "neurons", "dimensions")
 KEYS = ["neuron", "image_id", "condition"]
-
-
-def label(run: Path, stage: str, *more: str, **options):
-    return medsae(stage, "--run", str(run), *LABELLING, *more, **options)
-
-
-class Labelled(NamedTuple):
-    """A run through the three stages, undisturbed."""
-
-    run: Path
-    done: list[subprocess.CompletedProcess[str]]
-    """Panels, name, detect."""
-    connects: Path | None
-    """strace's list of every connection that a process of `detect` opened; None without strace."""
-
-
-@pytest.fixture(scope="session")
-def labelled(phantom_run, tmp_path_factory) -> Labelled:
-    """The three stages after a finished small run."""
-    run = tmp_path_factory.mktemp("labelled") / "run"
-    for table in INPUTS:
-        shutil.copytree(phantom_run.folder / table, run / table)
-    connects = run.parent / "connects"
-    prefix = watched(connects)
-    done = [label(run, "panels"), label(run, "name"), label(run, "detect", prefix=prefix)]
-    return Labelled(run, done, connects if prefix else None)
-
-
-@pytest.fixture
-def copied(labelled, tmp_path):
-    """A function that copies some tables of the labelled run into a run folder of its own."""
-
-    def copy(*tables: str) -> Path:
-        for table in (*INPUTS, *tables):
-            shutil.copytree(labelled.run / table, tmp_path / "run" / table)
-        return tmp_path / "run"
-
-    return copy
 
 
 class Instant:
@@ -290,7 +250,7 @@ def test_a_dry_run_tells_what_would_be_sent(copied, labelled):
     named = names[names["concept"].notna() & (names["concept"] != "no common finding")]
     own = panels[panels["role"].str.startswith("detect") & panels["neuron"].isin(named["neuron"])]
     told = label(run, "detect", "--dry-run").stdout
-    assert f"{len(own):,} prompts about a neuron's own description" in told
+    assert f"in all {len(own):,} prompts are about a neuron's own description" in told
     assert not (run / "verdicts").exists()
     assert not (run / "_partial").exists()
 
