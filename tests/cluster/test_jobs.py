@@ -43,6 +43,8 @@ def cluster(tmp_path_factory):
             "--disable-usage-stats",
             "--object-store-memory",
             "400000000",
+            # Jobs go through the agent, which does without its server where another Ray has the usual port.
+            f"--dashboard-agent-listen-port={free_port()}",
             *arguments,
         ]
         nodes.append(
