@@ -46,7 +46,7 @@ CHAT_TEMPLATE = """\
 {{ bos_token }}
 {%- for message in messages -%}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-{{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+{{ raise_exception("the turns of a conversation go user, assistant, user, and so on") }}
 {%- endif -%}
 {{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}
 {%- if message['content'] is string -%}
