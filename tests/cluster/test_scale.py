@@ -148,7 +148,7 @@ threading.Thread(target=watch, daemon=True).start()
 asked = detect.prepare(run, settings)
 planned = resident()
 phase = "asking"
-detect._ask(asked, begin_asking(run, asked.plan, settings.overwrite), settings)
+detect._ask(asked, begin_asking(run, asked.plan, settings), settings)
 phase = "counting"
 detect._count(run, settings)
 print(labelling_text(labelling(run)))
