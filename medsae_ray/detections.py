@@ -20,6 +20,7 @@ from medsae_ray.config import DetectSettings
 from medsae_ray.errors import InputError
 from medsae_ray.labels import LABELS
 from medsae_ray.measure import LabelPolicy
+from medsae_ray.medgemma.replies import STATUSES
 from medsae_ray.statistics import (
     above,
     clopper_pearson,
@@ -42,8 +43,9 @@ ACCURATE = 0.70
 UNCORRELATED = 0.1
 """Labels with |φ| below this count as uncorrelated."""
 
-_CONDITIONS = ("true", "shuffled")
-_OUTCOMES = ("no", "yes", "unparsed", "failed")
+CONDITIONS = ("true", "shuffled")
+"""Whose description a panel is asked about: the neuron's own, or another's."""
+_OUTCOMES = ("no", "yes", *STATUSES[1:])
 
 
 def detections_table(
@@ -69,7 +71,7 @@ def detections_rows(
     """
     rows = _Rows.of(verdicts, np.asarray(candidates, np.int64))
     u = len(candidates)
-    shape = (u, len(_CONDITIONS), 2, len(_OUTCOMES))
+    shape = (u, len(CONDITIONS), 2, len(_OUTCOMES))
     place = np.ravel_multi_index((rows.unit, rows.shuffled, rows.expected, rows.outcome), shape)
     counts = np.bincount(place, minlength=int(np.prod(shape))).reshape(shape)
     answered, lost = counts[..., :2].sum(axis=-1), counts[..., 2:].sum(axis=-1)
@@ -163,8 +165,8 @@ class _Rows(NamedTuple):
                 f"Table 'verdicts' has a row of neuron {stray[0]}, which is no candidate: run "
                 "`medsae detect --overwrite`."
             )
-        status = _codes(verdicts, "status", ("answered", "unparsed", "failed"))
-        shuffled = _codes(verdicts, "condition", _CONDITIONS)
+        status = _codes(verdicts, "status", STATUSES)
+        shuffled = _codes(verdicts, "condition", CONDITIONS)
         answer = pc.fill_null(verdicts["answer"].cast(pa.int8()), -1).to_numpy().astype(np.int64)
         without = neuron[(status == 0) & (answer < 0)]
         if without.size:

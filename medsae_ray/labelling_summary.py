@@ -10,9 +10,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from medsae_ray.concepts import canonical, is_named
-from medsae_ray.detections import ACCURATE, NullFigures, per_class_table, permuted_null, shuffled_null
+from medsae_ray.detections import (
+    ACCURATE,
+    CONDITIONS,
+    NullFigures,
+    per_class_table,
+    permuted_null,
+    shuffled_null,
+)
 from medsae_ray.errors import printable
 from medsae_ray.labels import LABELS
+from medsae_ray.medgemma.replies import STATUSES
 from medsae_ray.run import Manifest, Run, table_digest
 from medsae_ray.statistics import above, chance_above, wilson
 from medsae_ray.tables import CANDIDATES, DETECTIONS, NAMES, VERDICTS
@@ -24,7 +32,6 @@ FDR = 0.10
 LOW_ACCURACY = 0.60
 """Mean detection accuracy below which the paper's failure signature is met."""
 N_BEST, N_REASONS = 10, 5
-CONDITIONS = ("true", "shuffled")
 
 
 def texts_digest(run: Run) -> str:
@@ -161,7 +168,7 @@ def _reading(null: NullFigures) -> str:
 
 def _statuses(table: pa.Table) -> dict[str, int]:
     counts = {row["values"]: row["counts"] for row in pc.value_counts(table["status"]).to_pylist()}
-    return {status: counts.get(status, 0) for status in ("answered", "unparsed", "failed")}
+    return {status: counts.get(status, 0) for status in STATUSES}
 
 
 def _reasons(table: pa.Table) -> dict[str, int]:

@@ -152,13 +152,18 @@ class Run:
                 )
         return manifest
 
+    def stale_inputs(self, table: str) -> list[str]:
+        """Inputs of a committed table that were made again since, or that rest on one that was."""
+        manifest = self.manifest(table)
+        return [
+            name
+            for name, fingerprint in (manifest.inputs.items() if manifest else ())
+            if (now := self.manifest(name)) and (now.fingerprint != fingerprint or self.stale_inputs(name))
+        ]
+
     def is_fresh(self, table: str) -> bool:
         """Whether a table is there, and neither it nor anything it was made from was outdated since."""
-        manifest = self.manifest(table)
-        return manifest is not None and all(
-            (now := self.manifest(name)) is None or (now.fingerprint == fingerprint and self.is_fresh(name))
-            for name, fingerprint in manifest.inputs.items()
-        )
+        return self.manifest(table) is not None and not self.stale_inputs(table)
 
     def dataset(self, table: str, schema: pa.Schema | None = None) -> pads.FileSystemDataset:
         """A committed table, lazily; its columns are checked against `schema`.
@@ -206,10 +211,14 @@ class Run:
         with self.filesystem.open_output_stream(self.path(*parts)) as stream:
             stream.write(content)
 
-    def begin(self, plan: Plan, overwrite: bool = False, keep: Sequence[str] = ()) -> Staging | None:
+    def begin(
+        self, plan: Plan, overwrite: bool = False, *, keep: Sequence[str] = (), beside: str | None = None
+    ) -> Staging | None:
         """Where to write a planned table, or None where it is done already.
 
-        `keep` names working folders of another, half done table that this one may use as well.
+        `keep` names working folders of another, half done table that this one may use as well. `beside` is a
+        second table of the same plan: where a kill between the two commits left one of another plan, both
+        are made anew.
 
         Raises InputError where the table (whole or half done) was made with other settings or inputs
         and `overwrite` is off.
@@ -218,7 +227,9 @@ class Run:
         staging.finish_interrupted_commit()
         done = self.manifest(plan.table)
         if done is not None and done.fingerprint == plan.fingerprint:
-            return None
+            second = self.manifest(beside) if beside else done
+            whole = second is not None and second.fingerprint == plan.fingerprint
+            return None if whole else self.restage(plan, keep)
         started = self._read_json(posixpath.join(staging.folder, STARTED))
         for state, earlier in (("holds", done and dataclasses.asdict(done)), ("has half of", started)):
             if earlier and earlier["fingerprint"] != plan.fingerprint and not overwrite:

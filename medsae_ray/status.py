@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from medsae_ray.errors import InputError
-from medsae_ray.run import PARTIAL, STARTED, Manifest, Run
+from medsae_ray.run import PARTIAL, STARTED, Run
 
 
 def describe(uri: str) -> str:
@@ -12,17 +12,17 @@ def describe(uri: str) -> str:
     `stale`: an input was made again since. Raises InputError where the folder holds no run.
     """
     run = Run(uri)
-    manifests = {m.table: m for m in run.manifests()}
+    manifests = run.manifests()
     if not manifests:
         raise InputError(f"The folder {run.uri} holds no run: start one with `medsae pipeline --run {uri}`.")
     lines = [f"{'table':<24}{'stage':<13}{'rows':>10}{'quarantined':>13}{'seconds':>9}  state"]
-    for m in manifests.values():
+    for m in manifests:
         lines.append(
             f"{m.table:<24}{m.stage:<13}{m.rows_out:>10,}{m.quarantined:>13,}{m.seconds:>9.1f}  "
-            f"{_state(m, manifests)}"
+            f"{_state(run.stale_inputs(m.table))}"
         )
     lines += [f"{name:<24}half done: run its stage again to resume" for name in half_done(run)]
-    stand_ins = sorted({name for m in manifests.values() for name in m.stand_ins})
+    stand_ins = sorted({name for m in manifests for name in m.stand_ins})
     if stand_ins:
         lines.append(f"Stand-in models, not the real ones: {', '.join(stand_ins)}.")
     return "\n".join(lines)
@@ -40,11 +40,5 @@ def half_done(run: Run) -> list[str]:
     return sorted(posixpath.dirname(path).removeprefix(root).strip("/") for path in started)
 
 
-def _state(manifest: Manifest, manifests: dict[str, Manifest]) -> str:
-    stale = [
-        name
-        for name, fingerprint in manifest.inputs.items()
-        if name in manifests
-        and (manifests[name].fingerprint != fingerprint or _state(manifests[name], manifests) != "fresh")
-    ]
+def _state(stale: list[str]) -> str:
     return f"stale ({', '.join(stale)} changed)" if stale else "fresh"

@@ -107,7 +107,7 @@ def test_an_input_made_again_since_is_refused_as_stale(run):
     commit(run, plan(size=2), overwrite=True)
     with pytest.raises(InputError, match=r"'sae' of .* is stale, as 'embeddings' was made again since"):
         run.require("sae", "fit")
-    told = {m.table: _state(m, {n.table: n for n in run.manifests()}) for m in run.manifests()}
+    told = {m.table: _state(run.stale_inputs(m.table)) for m in run.manifests()}
     assert told["embeddings"] == "fresh"
     assert told["sae"] == "stale (embeddings changed)"
     assert told["activations"] == "stale (sae changed)"

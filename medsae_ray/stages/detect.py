@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from medsae_ray.concepts import is_named
 from medsae_ray.config import Settings, fingerprinted
-from medsae_ray.detections import VERDICT_COLUMNS, detections_table, label_phi, shuffled_partner
+from medsae_ray.detections import CONDITIONS, VERDICT_COLUMNS, detections_table, label_phi, shuffled_partner
 from medsae_ray.errors import InputError
 from medsae_ray.labelling_summary import labelling_text, texts_digest
 from medsae_ray.measure import LabelPolicy, labels_of
@@ -45,7 +45,6 @@ ASKING = ("shuffled_share", "seed")
 """Settings of `detect` that decide what is asked; the others decide how it is counted."""
 CHUNK = 8192
 """Prompts whose texts are held at a time."""
-CONDITIONS = ("true", "shuffled")
 
 
 class Prompts(NamedTuple):

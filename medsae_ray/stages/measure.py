@@ -44,14 +44,10 @@ def measure(run: Run, settings: Settings) -> Outcome:
         fingerprinted(chosen),
         {m.table: m.fingerprint for m in (activations, embeddings, radiographs, fitted)},
     )
-    staging = run.begin(plan, settings.overwrite)
+    staging = run.begin(plan, settings.overwrite, beside="dimensions")
     if staging is None:
-        raw_dimensions = run.manifest("dimensions")
-        if raw_dimensions is not None and raw_dimensions.fingerprint == plan.fingerprint:
-            print(as_text(write_summary(run)))
-            return Outcome(run.require("neurons", "measure"), ran=False)
-        # A driver that was killed between its two commits left the dimensions of other settings.
-        staging = run.restage(plan)
+        print(as_text(write_summary(run)))
+        return Outcome(run.require("neurons", "measure"), ran=False)
 
     splits = _Splits(run, activations.notes["n_neurons"], embeddings.notes["embedding_dim"])
     notes: dict[str, Any] = {"policy": {"uncertain": chosen.uncertain, "blank": chosen.blank}}

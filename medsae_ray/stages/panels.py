@@ -34,13 +34,9 @@ def panels(run: Run, settings: Settings) -> Outcome:
         )
     ]
     plan = Plan("panels", "panels", fingerprinted(chosen), {m.table: m.fingerprint for m in inputs})
-    staging = run.begin(plan, settings.overwrite)
+    staging = run.begin(plan, settings.overwrite, beside="candidates")
     if staging is None:
-        candidates = run.manifest("candidates")
-        if candidates is not None and candidates.fingerprint == plan.fingerprint:
-            return Outcome(run.require("panels", "panels"), ran=False)
-        # A driver that was killed between its two commits left the candidates of other settings.
-        staging = run.restage(plan)
+        return Outcome(run.require("panels", "panels"), ran=False)
 
     radiographs = run.read("radiographs", RADIOGRAPHS, ["image_id", "patient_id", "split", "view", "sex"])
     neurons = run.read("neurons", neurons_schema())
