@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from medsae_ray.sae.relu import ReLUSAE, SAEConfig
+from medsae_ray.sae.base import SAEConfig
+from medsae_ray.sae.relu import ReLUSAE
 from medsae_ray.sae.step import TrainStep
 
 EMBEDDING_DIM = 512

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from medsae_ray.errors import InputError
 
@@ -120,15 +120,36 @@ class EmbedSettings:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Embeddings to a sparse autoencoder, by Ray Train. Defaults are the paper's (arXiv 2510.26411)."""
+    """Embeddings to a sparse autoencoder, by Ray Train. Objective and lengths default to the paper's (arXiv
+    2510.26411), the care for dead neurons does not: `jobs/paper.yaml` switches it off."""
 
+    architecture: Literal["relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"] = "relu"
+    """ReLU with L1 (the paper's), Gated, JumpReLU, TopK, BatchTopK or Matryoshka BatchTopK."""
     expansion: int = 16
     """Neurons per embedding dimension (paper: 16, that is 8,192 neurons for 512-d)."""
     sparsity: float = 3e-4
-    """λ, the weight of the L1 term (paper: 3e-4). Its strength depends on `normalisation` and
-    `reconstruction`: they are recorded with it."""
-    sparsity_warmup: float = 0.0
+    """λ, the weight of the sparsity term of relu, gated and jumprelu (paper: 3e-4). Its strength depends on
+    `normalisation` and `reconstruction`: they are recorded with it."""
+    l0: int | None = None
+    """Neurons that fire on an embedding: k of topk, batchtopk and matryoshka (default there: 32). With
+    jumprelu a target: λ then weighs (L0 / l0 - 1)² instead of L0."""
+    bandwidth: float = 1e-3
+    """Width of the kernel through which jumprelu's thresholds learn, in units of the normalised embeddings'
+    pre-activations."""
+    auxk: float = 1 / 32
+    """Weight of topk's, batchtopk's and matryoshka's second reconstruction, of the error by dead neurons
+    (0: none)."""
+    dead_after: float = 2.0
+    """Epochs without firing after which a neuron counts as dead in training (`auxk`, `resample_every`)."""
+    resample_every: float = 0.0
+    """Epochs after which neurons that have died start anew from the embeddings that are reconstructed worst;
+    again after as many, up to half of the training (0: never)."""
+    sparsity_warmup: float = 0.05
     """Share of all steps over which λ rises linearly from 0, in [0, 1) (paper: none)."""
+    learning_rate_warmup: float = 0.02
+    """Share of all steps over which the learning rate rises linearly from 0, in [0, 1) (paper: none)."""
+    learning_rate_decay: float = 0.2
+    """Share of all steps, the last ones, over which it falls linearly towards 0, in [0, 1) (paper: none)."""
     normalisation: Literal["unit", "dim"] = "unit"
     """Scale after centring: `unit` = mean squared norm 1 (the authors' library), `dim` = d (SAELens)."""
     reconstruction: Literal["sum", "mean"] = "sum"
@@ -165,11 +186,28 @@ class FitSettings:
     """How often Ray Train may restart the workers from the last checkpoint."""
     keep_checkpoints: int = resource(2)
     """Best checkpoints kept on disk, besides the last."""
+    checkpoint_every: int = resource(500)
+    """Steps after which the training is checkpointed between evaluations, so that a kill loses no more
+    (0: only with evaluations)."""
 
     def __post_init__(self) -> None:
         _require(self.expansion >= 1, "fit.expansion", self.expansion, "at least 1")
-        _require(self.sparsity >= 0, "fit.sparsity", self.sparsity, "0 or above")
-        _require(0 <= self.sparsity_warmup < 1, "fit.sparsity_warmup", self.sparsity_warmup, "in [0, 1)")
+        _require(self.l0 is None or self.l0 >= 1, "fit.l0", self.l0, "at least 1")
+        for name in ("bandwidth", "dead_after"):
+            value = getattr(self, name)
+            _require(value > 0, f"fit.{name}", value, "above 0")
+        for name in ("sparsity", "auxk", "resample_every"):
+            value = getattr(self, name)
+            _require(value >= 0, f"fit.{name}", value, "0 or above")
+        for name in ("sparsity_warmup", "learning_rate_warmup", "learning_rate_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"fit.{name}", value, "in [0, 1)")
+        _require(
+            self.learning_rate_warmup + self.learning_rate_decay <= 1,
+            "fit.learning_rate_decay",
+            self.learning_rate_decay,
+            "at most 1 - fit.learning_rate_warmup",
+        )
         _require(self.learning_rate > 0, "fit.learning_rate", self.learning_rate, "above 0")
         _require(self.batch_size >= 1, "fit.batch_size", self.batch_size, "at least 1")
         _require(self.epochs >= 1, "fit.epochs", self.epochs, "at least 1")
@@ -183,6 +221,124 @@ class FitSettings:
         _require(self.in_memory_gib >= 0, "fit.in_memory_gib", self.in_memory_gib, "0 or above")
         _require(self.max_failures >= -1, "fit.max_failures", self.max_failures, "-1 (for ever) or above")
         _require(self.keep_checkpoints >= 1, "fit.keep_checkpoints", self.keep_checkpoints, "at least 1")
+        _require(self.checkpoint_every >= 0, "fit.checkpoint_every", self.checkpoint_every, "0 or above")
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Many SAEs on the same embeddings, by Ray Tune. What is not searched is as in `fit`."""
+
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """`grid`: every combination of the values below; `random` and `optuna` (tree-structured Parzen): `trials`
+    draws, for which `sparsity` and `learning_rate` are bounds on a log scale and the others choices."""
+    trials: int = 16
+    """Draws of `random` and `optuna`."""
+    architecture: list[str] = field(default_factory=list)
+    """Architectures to try (default: that of `fit`, and so for all below)."""
+    sparsity: list[float] = field(default_factory=list)
+    """Values of λ; architectures that have none ignore it."""
+    l0: list[int] = field(default_factory=list)
+    """Values of `fit.l0`; architectures that have none ignore it."""
+    expansion: list[int] = field(default_factory=list)
+    """Neurons per embedding dimension."""
+    learning_rate: list[float] = field(default_factory=list)
+    """Learning rates."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds of the weights and the order of the radiographs."""
+    asha: bool = False
+    """Stop the worse trials early (ASHA), by the selection score."""
+    grace: int = 3
+    """Evaluations a trial is given before ASHA may stop it."""
+    reduction_factor: int = 3
+    """ASHA lets one in so many trials go on at each rung."""
+    together: Literal["auto", "always", "never"] = "auto"
+    """Whether the λs of a relu grid train as one stack on shared batches; `auto` times both ways first, and
+    does not with ASHA, which stops a stack as a whole."""
+    promote: str | None = resource(None)
+    """Name of the trial whose SAE becomes the run's (default: the best by selection score)."""
+    seed: int = 0
+    """Seed of the draws."""
+    cpus_per_trial: float = resource(1.0)
+    """Logical CPUs reserved for a trial."""
+    gpus_per_trial: float = resource(0.0)
+    """GPUs reserved for a trial."""
+    concurrent: int = resource(0)
+    """Trials at a time at most (0: as many as fit)."""
+    threads: int = resource(0)
+    """Torch threads of a trial on the CPU; 0: this machine's cores shared out over the trials at a time, or
+    in a cluster `cpus_per_trial`."""
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "grace"):
+            value = getattr(self, name)
+            _require(value >= 1, f"sweep.{name}", value, "at least 1")
+        _require(
+            self.together != "always" or self.search == "grid",
+            "sweep.together",
+            self.together,
+            "auto or never unless sweep.search is grid",
+        )
+        _require(self.reduction_factor >= 2, "sweep.reduction_factor", self.reduction_factor, "at least 2")
+        known = get_args(get_type_hints(FitSettings)["architecture"])
+        for name in self.architecture:
+            _require(name in known, "sweep.architecture", name, f"one of {', '.join(known)}")
+        for name in ("l0", "expansion"):
+            for value in getattr(self, name):
+                _require(value >= 1, f"sweep.{name}", value, "at least 1")
+        for value in self.learning_rate:
+            _require(value > 0, "sweep.learning_rate", value, "above 0")
+        for value in self.sparsity:
+            _require(value >= 0 if self.search == "grid" else value > 0, "sweep.sparsity", value, "above 0")
+        if self.search != "grid":
+            for name in ("sparsity", "learning_rate"):
+                values = getattr(self, name)
+                _require(
+                    len(values) in (0, 1) or (len(values) == 2 and values[0] < values[1]),
+                    f"sweep.{name}",
+                    values,
+                    "a lower and an upper bound",
+                )
+        _require(self.cpus_per_trial > 0, "sweep.cpus_per_trial", self.cpus_per_trial, "above 0")
+        for name in ("gpus_per_trial", "concurrent", "threads"):
+            value = getattr(self, name)
+            _require(value >= 0, f"sweep.{name}", value, "0 or above")
+
+
+@dataclass(frozen=True)
+class ExperimentSettings:
+    """The paper's experiments (`replicate`, `expansion`, `architectures`). What they do not vary is as in
+    `fit`; resources are those of `sweep`'s trials."""
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of `expansion` and `architectures`; figures are told as mean ± standard deviation over them."""
+    expansions: list[int] = field(default_factory=lambda: [8, 16, 32])
+    """Neurons per embedding dimension that `expansion` compares (paper: 8, 16, 32)."""
+    architectures: list[str] = field(
+        default_factory=lambda: ["relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka"]
+    )
+    """What `architectures` compares; relu, the paper's, is the reference and always among them."""
+    l0: int = 32
+    """Firing neurons an image at which they are compared, within 10 % (at most 64 can still be read)."""
+    sparsities: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1])
+    """λs of relu and gated from which the one that meets `l0` is found."""
+    l0s: list[int] = field(default_factory=lambda: [16, 32, 64])
+    """Settings of the others, from which the one that meets relu's FVE is found."""
+    jumprelu_sparsity: float = 1.0
+    """λ with which jumprelu is held to its target of L0."""
+
+    def __post_init__(self) -> None:
+        known = get_args(get_type_hints(FitSettings)["architecture"])
+        for name in self.architectures:
+            _require(name in known, "experiment.architectures", name, f"one of {', '.join(known)}")
+        _require("relu" in self.architectures, "experiment.architectures", self.architectures, "with relu")
+        for name in ("seeds", "expansions"):
+            _require(len(getattr(self, name)) > 0, f"experiment.{name}", getattr(self, name), "not empty")
+        for name in ("sparsities", "l0s"):
+            values = getattr(self, name)
+            _require(
+                len(set(values)) >= 2 and min(values) > 0, f"experiment.{name}", values, "two or more above 0"
+            )
+        _require(self.l0 >= 1, "experiment.l0", self.l0, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -221,6 +377,19 @@ class MeasureSettings:
         _require(
             self.floor_permutations >= 1, "measure.floor_permutations", self.floor_permutations, "at least 1"
         )
+
+
+@dataclass(frozen=True)
+class ControlsSettings:
+    """What lies beside the SAE's entropy and AUROC: the same measures of units that no SAE has learned."""
+
+    ica_rows: int = 20_000
+    """Training embeddings at most from which ICA is fitted."""
+    seed: int = 0
+    """Seed of the untrained SAE, the rotation, ICA and the shuffle."""
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.ica_rows <= 20_000, "controls.ica_rows", self.ica_rows, "in [2, 20000]")
 
 
 @dataclass(frozen=True)
@@ -441,7 +610,9 @@ class Settings:
     """The run folder: every table is written here. A local folder or a URI (s3://…, gs://…)."""
     overwrite: bool = False
     """Make a stage's output again where other settings or inputs made it (what is up to date stays)."""
-    until: Literal["radiographs", "embed", "fit", "encode", "measure", "panels", "name", "detect"] = "detect"
+    until: Literal[
+        "radiographs", "embed", "fit", "encode", "measure", "controls", "panels", "name", "detect"
+    ] = "detect"
     """Last stage of `pipeline`; `measure` needs no vision-language model."""
     dry_run: bool = False
     """`name` and `detect` only print the prompts, images and tokens that they would send."""
@@ -450,6 +621,9 @@ class Settings:
     fit: FitSettings = FitSettings()
     encode: EncodeSettings = EncodeSettings()
     measure: MeasureSettings = MeasureSettings()
+    controls: ControlsSettings = ControlsSettings()
+    sweep: SweepSettings = field(default_factory=SweepSettings)
+    experiment: ExperimentSettings = field(default_factory=ExperimentSettings)
     panels: PanelsSettings = PanelsSettings()
     medgemma: MedgemmaSettings = MedgemmaSettings()
     name: NameSettings = NameSettings()

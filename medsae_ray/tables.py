@@ -76,12 +76,81 @@ HISTORY = pa.schema(
             "loss",
             "reconstruction",
             "sparsity",
+            "auxiliary",
             "seconds",
         )
     ]
 )
-"""A row is an evaluation of the SAE during training (`sae/history`); `dead` is a share in [0, 1]."""
+"""A row is an evaluation of the SAE during training (`sae/history`); `dead` is a share in [0, 1].
 
+Rows of split train are means over the steps since the last evaluation, their `dead` the share of neurons
+that fired on none of these embeddings while the weights changed.
+"""
+
+EXPERIMENT = pa.schema(
+    [
+        pa.field("matched", pa.string()),
+        pa.field("architecture", pa.string(), nullable=False),
+        pa.field("normalisation", pa.string(), nullable=False),
+        pa.field("expansion", pa.int32(), nullable=False),
+        pa.field("sparsity_setting", pa.float64()),
+        pa.field("l0_setting", pa.int32()),
+        pa.field("learning_rate", pa.float64(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("n_living", pa.int64(), nullable=False),
+        pa.field("labels_separated", pa.int64(), nullable=False),
+        pa.field("n_labels", pa.int64(), nullable=False),
+    ]
+    + [
+        pa.field(name, pa.float64())
+        for name in (
+            "valid_l0",
+            "valid_fve",
+            "fve",
+            "l0",
+            "dead",
+            "dead_train",
+            "entropy",
+            "entropy_low",
+            "entropy_high",
+            "entropy_floor",
+            "best_auroc",
+            "share_separated",
+            "share_above",
+            "raw_entropy",
+            "raw_entropy_floor",
+            "seconds",
+        )
+    ]
+)
+"""A row is an SAE of an experiment (`replicate`, `expansion`, `architectures`), measured on the test split.
+
+`matched` says for which comparison it was fitted (l0, fve; path: only to find the settings of these; null
+where nothing is matched). `entropy` is the mean over the `n_living` neurons, its interval over patients;
+`best_auroc` the mean over the labels of the neuron chosen on validation; of the `n_labels` with enough
+positives, `share_separated` have such a neuron by paper.md's rule and `share_above` one of AUROC > 0.8.
+"""
+
+SWEEP = pa.schema(
+    [
+        pa.field("trial", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("architecture", pa.string(), nullable=False),
+        pa.field("expansion", pa.int32(), nullable=False),
+        pa.field("sparsity_setting", pa.float64()),
+        pa.field("l0_setting", pa.int32()),
+        pa.field("learning_rate", pa.float64(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        *HISTORY,
+        pa.field("best", pa.bool_(), nullable=False),
+        pa.field("front", pa.bool_(), nullable=False),
+    ]
+)
+"""A row is an evaluation of a trial of a sweep on a split; `status` finished, stopped (early, by ASHA) or
+failed. `best` marks the validation row that represents its trial, the one of lowest selection score, and
+`front` those of finished trials that no other dominates in FVE, L0, dead and entropy; a failed trial has
+neither, and one that failed before its first evaluation has one row, of epoch 0, without figures."""
 
 NAMES = pa.schema(
     [

@@ -13,7 +13,7 @@ import torch
 from scipy.sparse import csr_array
 
 from medsae_ray.errors import InputError
-from medsae_ray.sae.relu import ReLUSAE, check_width
+from medsae_ray.sae.base import SparseAutoencoder, check_width
 from medsae_ray.statistics import entropy as entropy_of
 
 LOG10_DENSITY_EDGES = np.linspace(-6, 0, 25)
@@ -36,7 +36,7 @@ class Evaluation:
     sparsity: float
     """Mean penalty before λ."""
     loss: float
-    """reconstruction + λ · sparsity, with the full λ."""
+    """reconstruction + λ · sparsity, with the full λ and without an auxiliary loss."""
     entropy: float
     """Mean neuron entropy in nats (see `LabelSums.entropy`); NaN where no labels were given."""
 
@@ -60,9 +60,9 @@ class Evaluation:
 class EvaluationSums:
     """The sums behind `Evaluation`, without its entropy."""
 
-    def __init__(self, sae: ReLUSAE) -> None:
+    def __init__(self, sae: SparseAutoencoder) -> None:
         d, m, device = sae.config.embedding_dim, sae.config.n_neurons, sae.W_enc.device
-        self.config = sae.config
+        self.sae = sae
         self.n = 0
         self.mean = torch.zeros(d, dtype=torch.float64, device=device)
         self.total_squares = torch.zeros((), dtype=torch.float64, device=device)
@@ -71,13 +71,13 @@ class EvaluationSums:
         self.n_firing = torch.zeros(m, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, sae: ReLUSAE, x: torch.Tensor, z: torch.Tensor) -> None:
+    def update(self, sae: SparseAutoencoder, x: torch.Tensor, z: torch.Tensor) -> None:
         """Add embeddings x [b, d] and their activations z [b, m], on the SAE's device."""
         if not len(x):
             return
         rows = x.double()
         self.residual_squares += (sae.decode(z).double() - rows).square().sum()
-        self.penalty += (z.sum(0, dtype=torch.float64) * sae.sparsity_weights()).sum()
+        self.penalty += sae.penalty(x, z)
         self.n_firing += (z > 0).sum(0)
         mean = rows.mean(0)
         self._add_spread(len(x), mean, (rows - mean).square().sum())
@@ -105,8 +105,8 @@ class EvaluationSums:
             raise InputError("The split to evaluate on is empty; check the split settings.")
         residual, total = float(self.residual_squares), float(self.total_squares)
         n_firing = self.n_firing.cpu().numpy()
-        terms = self.n * (1 if self.config.reduction == "sum" else self.config.embedding_dim)
-        reconstruction, sparsity = residual / terms, float(self.penalty) / self.n
+        reconstruction = residual / self.sae.terms(self.n)
+        sparsity = float(self.penalty) / self.n
         return Evaluation(
             n=self.n,
             fve=1 - residual / total if total > 0 else math.nan,
@@ -114,7 +114,7 @@ class EvaluationSums:
             n_firing=n_firing,
             reconstruction=reconstruction,
             sparsity=sparsity,
-            loss=reconstruction + self.config.sparsity * sparsity,
+            loss=reconstruction + self.sae.config.sparsity * sparsity,
             entropy=entropy,
         )
 
@@ -188,7 +188,7 @@ def label_entropy(
 
 @torch.inference_mode()
 def evaluate(
-    sae: ReLUSAE,
+    sae: SparseAutoencoder,
     x: torch.Tensor,
     batch_size: int = 4096,
     labels: tuple[torch.Tensor, torch.Tensor] | None = None,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from medsae_ray.sae.relu import ReLUSAE, check_width
+from medsae_ray.sae.base import SparseAutoencoder, check_width
 
 
 class SparseActivations(NamedTuple):
@@ -22,7 +22,7 @@ class SparseActivations(NamedTuple):
 
 
 @torch.inference_mode()
-def sparse_activations(sae: ReLUSAE, x: torch.Tensor, batch_size: int = 4096) -> SparseActivations:
+def sparse_activations(sae: SparseAutoencoder, x: torch.Tensor, batch_size: int = 4096) -> SparseActivations:
     """Encode x [n, d], at most [batch_size, m] dense at a time. InputError on another width."""
     check_width(sae, x.shape[1])
     device = sae.W_enc.device

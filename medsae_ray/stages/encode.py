@@ -20,10 +20,10 @@ from medsae_ray.tables import ACTIVATIONS, embeddings_schema
 if TYPE_CHECKING:
     import ray
 
-    from medsae_ray.sae.relu import ReLUSAE
+    from medsae_ray.sae.base import SparseAutoencoder
 
 
-def load_sae(run: Run) -> ReLUSAE:
+def load_sae(run: Run) -> SparseAutoencoder:
     """The run's exported SAE, which takes raw embeddings."""
     from medsae_ray.sae.saelens import load_files
 
@@ -54,7 +54,7 @@ def encode(run: Run, settings: Settings) -> Outcome:
     start_ray(settings.ray)
     import ray
 
-    from medsae_ray.sae.relu import check_width
+    from medsae_ray.sae.base import check_width
 
     sae = load_sae(run)
     check_width(sae, embeddings.notes["embedding_dim"])
@@ -88,7 +88,7 @@ def encode(run: Run, settings: Settings) -> Outcome:
     return Outcome(manifest, ran=True)
 
 
-def encode_batch(batch: pa.Table, sae: ReLUSAE | ray.ObjectRef[ReLUSAE]) -> pa.Table:
+def encode_batch(batch: pa.Table, sae: SparseAutoencoder | ray.ObjectRef[SparseAutoencoder]) -> pa.Table:
     """Rows with `embedding` → rows of the `activations` table."""
     import ray
     import torch

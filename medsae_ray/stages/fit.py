@@ -1,53 +1,65 @@
 """Stage `fit`: the sparse autoencoder, by Ray Train on the object-store dataset of embeddings.
 
-Every few epochs the model is judged on the validation split and checkpointed; Ray Train keeps the
-checkpoints of lowest selection score (paper.md, row "checkpoint"), and the best one is exported.
+What is trained, judged and chosen is `sae/training.py`'s; here are the workers, their batches and the
+checkpoints, from which a killed worker or driver goes on exactly.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import posixpath
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 
 from medsae_ray.cluster import require_resources, start_ray
 from medsae_ray.config import FitSettings, Settings, fingerprinted
 from medsae_ray.errors import InputError
 from medsae_ray.measure import LabelPolicy
 from medsae_ray.run import Plan, Run, Staging
+from medsae_ray.stages.events import write_events
 from medsae_ray.stages.outcome import Outcome
 from medsae_ray.stages.rows import batches_of, embeddings_of, matrix, split_rows, vectors
 from medsae_ray.tables import HISTORY
 
+if TYPE_CHECKING:
+    import torch
+
+    from medsae_ray.sae.base import SparseAutoencoder
+    from medsae_ray.sae.normaliser import Normaliser
+    from medsae_ray.sae.training import Batches, Fitting
+    from medsae_ray.sae.workers import Workers
+
 CENTRE_ROWS = 20_000
 """Rows from which the geometric median is taken: its standard error is then far below a decoder row."""
+
+NOT_JUDGED = 1e9
+"""By what Ray Train ranks a checkpoint between evaluations: worse than any selection score, so that it is
+deleted once it is not the last. Finite, because Ray writes an infinite score down as null."""
 
 
 def fit(run: Run, settings: Settings) -> Outcome:
     """Fit the SAE on the training split and write `sae/`: weights, normaliser, history, checkpoints.
 
-    Raises InputError for embeddings that cannot be normalised.
+    Raises InputError for embeddings that cannot be normalised, and settings that do not fit together.
     """
+    from medsae_ray.sae.training import new_sae
+
     chosen = settings.fit
     source = run.require("embeddings", "embed")
-    radiographs = run.require("radiographs", "radiographs")
+    # In a worker it would fail later, and be tried again.
+    new_sae(chosen, source.notes["embedding_dim"])
     policy = LabelPolicy(settings.measure.uncertain, settings.measure.blank)
-    plan = Plan(
-        "fit",
-        "sae",
-        {**fingerprinted(chosen), **asdict(policy)},
-        {"embeddings": source.fingerprint, "radiographs": radiographs.fingerprint},
-    )
-    staging = run.begin(plan, settings.overwrite)
+    staging = run.begin(plan := fit_plan(run, chosen, policy), settings.overwrite)
     if staging is None:
         return Outcome(run.require("sae", "fit"), ran=False)
 
@@ -58,7 +70,7 @@ def fit(run: Run, settings: Settings) -> Outcome:
     for name, rows in (("train", train), ("valid", valid)):
         if not len(rows.image_ids):
             raise InputError(f"Split {name!r} has no embedding in {run.uri}: nothing to fit on.")
-    normaliser, centre = _normalise(run, train.image_ids, chosen)
+    normaliser, centre = normalise(run, train.image_ids, chosen)
     loop_config = {
         "settings": chosen,
         "normaliser": normaliser,
@@ -68,29 +80,48 @@ def fit(run: Run, settings: Settings) -> Outcome:
         "in_memory": source.notes["embedding_dim"] * 4 * len(train.image_ids) <= chosen.in_memory_gib * 2**30,
         "tensorboard": (run.uri, staging.path("tensorboard")),
     }
-    best, history = _train(run, staging, plan, loop_config, train.image_ids, valid.image_ids)
-    _export(staging, best, normaliser, source.stand_ins)
-    staging.write_table(pa.Table.from_pylist(history, HISTORY), "history/part-00000.parquet")
-    chosen_row = min((h for h in history if h["split"] == "valid"), key=lambda h: h["selection"])
+    fitted = _train(run, staging, plan, loop_config, train.image_ids, valid.image_ids)
+    sae, best = fitted.best_sae(), fitted.best
+    assert best is not None
+    write_sae(staging, "", sae, normaliser, source.stand_ins)
+    staging.write_table(pa.Table.from_pylist(fitted.history, HISTORY), "history/part-00000.parquet")
+    chosen_row = next(h for h in fitted.history if h["split"] == "valid" and h["epoch"] == best.epoch)
     manifest = staging.commit(
         rows_in=len(train.image_ids),
-        rows_out=len(history),
+        rows_out=len(fitted.history),
         notes={
+            "architecture": sae.architecture,
             "chosen": chosen_row,
             "fve_floor_reached": chosen_row["fve"] > chosen.fve_floor,
-            "n_neurons": best.config.n_neurons,
+            "n_neurons": sae.config.n_neurons,
             "normaliser": {"convention": normaliser.convention, "k": normaliser.scale},
         },
     )
     if not manifest.notes["fve_floor_reached"]:
+        # JumpReLU has both a λ and, where it is asked for, a target.
+        by_sparsity = sae.has_sparsity and not (sae.architecture == "jumprelu" and chosen.l0)
         print(
             f"No checkpoint reached FVE {chosen.fve_floor} on validation (best kept: "
-            f"{chosen_row['fve']:.3f}): train longer, or lower fit.sparsity."
+            f"{chosen_row['fve']:.3f}): train longer, or "
+            + ("lower fit.sparsity." if by_sparsity else f"raise fit.l0 (now {sae.config.k}).")
         )
     return Outcome(manifest, ran=True)
 
 
-def _normalise(run: Run, image_ids: pa.Array, chosen: FitSettings) -> tuple[Any, Any]:
+def fit_plan(run: Run, chosen: FitSettings, policy: LabelPolicy) -> Plan:
+    """What `sae` would be with these settings. InputError where an input is missing or stale."""
+    return Plan(
+        "fit",
+        "sae",
+        {**fingerprinted(chosen), **asdict(policy)},
+        {
+            "embeddings": run.require("embeddings", "embed").fingerprint,
+            "radiographs": run.require("radiographs", "radiographs").fingerprint,
+        },
+    )
+
+
+def normalise(run: Run, image_ids: pa.Array, chosen: FitSettings) -> tuple[Normaliser, torch.Tensor]:
     """The training split's normaliser, and the geometric median of its normalised embeddings."""
     import torch
 
@@ -114,7 +145,7 @@ def _train(
     loop_config: dict[str, Any],
     train_ids: pa.Array,
     valid_ids: pa.Array,
-) -> tuple[Any, list[dict[str, Any]]]:
+) -> Fitting:
     from ray.train import (
         CheckpointConfig,
         DataConfig,
@@ -159,121 +190,106 @@ def _train(
     result = trainer.fit()
     if result.error is not None or result.checkpoint is None:
         raise RuntimeError(f"training did not end well: {result.error}")
-    last = _load_state(result.checkpoint)
-    best = _load_state(result.get_best_checkpoint("selection", "min"))
-    sae = _new_sae(loop_config)
-    sae.load_state_dict(best["step"]["sae"])
-    return sae, last["history"]
+    _delete_unregistered(staging, result)
+    fitting = _fitting(loop_config)
+    fitting.load_state_dict(_load_state(result.checkpoint))
+    return fitting
+
+
+def _delete_unregistered(staging: Staging, result: Any) -> None:
+    """Delete checkpoints that a kill left behind before Ray Train knew of them, or as it deleted them."""
+    known = {result.checkpoint.path, *(checkpoint.path for checkpoint, _ in result.best_checkpoints)}
+    for info in staging.filesystem.get_file_info(pafs.FileSelector(result.path)):
+        if info.type == pafs.FileType.Directory and info.path not in known:
+            staging.filesystem.delete_dir(info.path)
+
+
+def _fitting(
+    config: dict[str, Any], device: torch.device | str = "cpu", workers: Workers | None = None
+) -> Fitting:
+    """The training at its first step."""
+    from medsae_ray.sae.training import Fitting
+    from medsae_ray.sae.workers import ALONE
+
+    return Fitting(
+        config["settings"],
+        n_train=config["n_train"],
+        embedding_dim=config["normaliser"].embedding_dim,
+        centre=config["centre"],
+        device=device,
+        workers=workers or ALONE,
+    )
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """What every Ray Train worker runs: epochs of global batches, evaluations, checkpoints."""
+    """What every Ray Train worker runs, from the last checkpoint if there is one."""
     import ray.train
     import torch
-    import torch.distributed
     from ray.train.v2._internal.execution.context import logger as report_log
 
-    from medsae_ray.sae.step import TrainStep
+    from medsae_ray.sae.training import Validation
+    from medsae_ray.sae.workers import ALONE, TorchWorkers
 
     # Named by its file, this logger escapes `LoggingConfig`: it would print every report in full.
     report_log.setLevel(logging.WARNING)
     chosen: FitSettings = config["settings"]
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         local = context.get_local_world_size()
         torch.set_num_threads(chosen.threads or max(1, (os.cpu_count() or 1) // local))
 
-    sae = _new_sae(config).to(device)
-    steps_an_epoch = -(-config["n_train"] // chosen.batch_size)
-    step = TrainStep(
-        sae,
-        learning_rate=chosen.learning_rate,
-        sparsity_warmup_steps=int(chosen.sparsity_warmup * chosen.epochs * steps_an_epoch),
-    )
-    first_epoch, history, earlier_seconds = 0, [], 0.0
+    workers = TorchWorkers() if context.get_world_size() > 1 else ALONE
+    fitting = _fitting(config, device, workers)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
-        state = _load_state(checkpoint)
-        step.load_state_dict(state["step"])
-        first_epoch, history, earlier_seconds = state["epoch"], state["history"], state["seconds"]
-
-    batches = _batch_source(config, rank, world, device)
-    valid = torch.from_numpy(config["normaliser"].apply(matrix(_tables("valid")))).to(device)
-    all_reduce = torch.distributed.all_reduce if world > 1 else None
-    started = time.monotonic()
-    # Summed on the device: reading a loss at every step would wait for the GPU.
-    totals, n_steps = torch.zeros(3, device=device), 0
-    for epoch in range(first_epoch, chosen.epochs):
-        for batch, global_size in batches(epoch):
-            totals += torch.stack(step.step(batch, global_size, all_reduce))
-            n_steps += 1
-        if (epoch + 1) % chosen.evaluate_every and epoch + 1 < chosen.epochs:
+        fitting.load_state_dict(_load_state(checkpoint))
+    batches = _batch_source(config, workers, device)
+    x = torch.from_numpy(config["normaliser"].apply(matrix(_tables("valid")))).to(device)
+    y, known = (torch.tensor(array) for array in config["valid_labels"])
+    for evaluated in fitting.run(batches, Validation(x, y, known)):
+        if workers.rank > 0:
+            ray.train.report({})
             continue
-        seconds = earlier_seconds + time.monotonic() - started
-        metrics, made = {}, None
-        if rank == 0:
-            told = {"epoch": epoch + 1, "step": step.n_steps, "seconds": seconds}
-            losses = dict(
-                zip(("loss", "reconstruction", "sparsity"), (totals / n_steps).tolist(), strict=True)
-            )
-            judged, density = _judge(sae, valid, config)
-            history += [{**told, "split": "train", **losses}, {**told, "split": "valid", **judged}]
-            _tell(history[-2:], chosen.epochs)
+        if evaluated:
+            _tell(fitting.history[-2:], chosen.epochs)
+            assert fitting.density is not None
             run_uri, folder = config["tensorboard"]
-            _write_events(run_uri, folder, history[-2:], density)
-            metrics, made = judged, {
-                "step": step.state_dict(), "epoch": epoch + 1, "history": history, "seconds": seconds
-            }  # fmt: skip
-        _report(metrics, made)
-        totals.zero_()
-        n_steps = 0
+            write_events(run_uri, folder, fitting.history[-2:], fitting.density)
+        score = fitting.history[-1]["selection"] if evaluated else NOT_JUDGED
+        with tempfile.TemporaryDirectory() as local:
+            torch.save(fitting.state_dict(), Path(local) / "state.pt")
+            ray.train.report(
+                {"selection": min(score, NOT_JUDGED)},
+                checkpoint=ray.train.Checkpoint.from_directory(local),
+            )
 
 
-def _report(metrics: dict[str, float], state: dict[str, Any] | None) -> None:
-    """Report on every rank, with the checkpoint from the one that has it."""
+def _batch_source(config: dict[str, Any], workers: Workers, device: torch.device) -> Batches:
+    """This worker's batches: of the matrix that every worker holds, or streamed from its shard."""
     import ray.train
     import torch
 
-    if state is None:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(state, Path(folder) / "state.pt")
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _batch_source(config: dict[str, Any], rank: int, world: int, device: Any) -> Any:
-    """A function epoch → (this worker's slice [b, d] on the device, size of the global batch)."""
-    import ray.train
-    import torch
-
-    from medsae_ray.sae.sampling import global_batches, rank_slice
+    from medsae_ray.sae.training import held_batches
 
     chosen: FitSettings = config["settings"]
     normaliser = config["normaliser"]
     if config["in_memory"]:
         held = torch.from_numpy(normaliser.apply(matrix(_tables("train")))).to(device)
-
-        def whole(epoch: int) -> Iterator[tuple[Any, int]]:
-            for rows in global_batches(len(held), chosen.batch_size, chosen.seed, epoch):
-                mine = torch.from_numpy(rank_slice(rows, rank, world)).to(device)
-                yield held[mine], len(rows)
-
-        return whole
+        return held_batches(held, chosen, workers)
 
     shard = ray.train.get_dataset_shard("train")
 
-    def streamed(epoch: int) -> Iterator[tuple[Any, int]]:
-        for batch in shard.iter_batches(
-            batch_size=max(1, chosen.batch_size // world),
+    def streamed(epoch: int, first: int) -> Iterator[tuple[torch.Tensor, int]]:
+        batches = shard.iter_batches(
+            batch_size=max(1, chosen.batch_size // workers.world),
             batch_format="pyarrow",
             local_shuffle_buffer_size=16 * chosen.batch_size,
             local_shuffle_seed=chosen.seed + epoch,
-        ):
+        )
+        for batch in itertools.islice(batches, first, None):
             rows = normaliser.apply(vectors(batch["embedding"]))
-            yield torch.from_numpy(rows).to(device), len(rows) * world
+            yield torch.from_numpy(rows).to(device), len(rows) * workers.world
 
     return streamed
 
@@ -282,28 +298,6 @@ def _tables(name: str) -> Iterator[pa.Table]:
     import ray.train
 
     yield from ray.train.get_dataset_shard(name).iter_batches(batch_size=8192, batch_format="pyarrow")
-
-
-def _judge(sae: Any, valid: Any, config: dict[str, Any]) -> tuple[dict[str, float], np.ndarray]:
-    """The validation figures of one evaluation, with its selection score, and the neurons' densities [m]."""
-    import torch
-
-    from medsae_ray.sae.evaluate import evaluate, selection_score
-
-    chosen: FitSettings = config["settings"]
-    y, known = (torch.tensor(array) for array in config["valid_labels"])
-    judged = evaluate(sae, valid, labels=(y, known), min_firing=chosen.min_firing)
-    figures = {
-        "fve": judged.fve,
-        "l0": judged.l0,
-        "dead": judged.dead,
-        "entropy": judged.entropy,
-        "selection": selection_score(judged.entropy, judged.fve, chosen.fve_floor),
-        "loss": judged.loss,
-        "reconstruction": judged.reconstruction,
-        "sparsity": judged.sparsity,
-    }
-    return figures, judged.density
 
 
 def _tell(rows: list[dict[str, Any]], epochs: int) -> None:
@@ -318,39 +312,6 @@ def _tell(rows: list[dict[str, Any]], epochs: int) -> None:
     sys.stdout.flush()
 
 
-def _write_events(run_uri: str, folder: str, rows: list[dict[str, Any]], density: np.ndarray) -> None:
-    """The same figures, and the densities of living neurons, as a TensorBoard event file in the run."""
-    from tensorboardX import SummaryWriter
-
-    with tempfile.TemporaryDirectory() as local:
-        with SummaryWriter(local, filename_suffix=f".{rows[-1]['step']}") as writer:
-            for row in rows:
-                for name, value in row.items():
-                    if name not in ("epoch", "step", "split"):
-                        writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
-            writer.add_histogram("valid/log10_density", np.log10(density[density > 0]), rows[-1]["step"])
-        filesystem = Run(run_uri).filesystem
-        filesystem.create_dir(folder, recursive=True)
-        for file in Path(local).iterdir():
-            with filesystem.open_output_stream(f"{folder}/{file.name}") as stream:
-                stream.write(file.read_bytes())
-
-
-def _new_sae(config: dict[str, Any]) -> Any:
-    from medsae_ray.sae.relu import ReLUSAE, SAEConfig
-
-    chosen: FitSettings = config["settings"]
-    d = config["normaliser"].embedding_dim
-    shape = SAEConfig(
-        embedding_dim=d,
-        n_neurons=chosen.expansion * d,
-        sparsity=chosen.sparsity,
-        decoder_norm=chosen.decoder_norm,
-        reduction=chosen.reconstruction,
-    )
-    return ReLUSAE(shape, centre=config["centre"], seed=chosen.seed)
-
-
 def _load_state(checkpoint: Any) -> dict[str, Any]:
     import torch
 
@@ -358,9 +319,14 @@ def _load_state(checkpoint: Any) -> dict[str, Any]:
         return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
 
 
-def _export(staging: Staging, sae: Any, normaliser: Any, stand_ins: list[str]) -> None:
+def write_sae(
+    staging: Staging, folder: str, sae: SparseAutoencoder, normaliser: Normaliser, stand_ins: list[str]
+) -> None:
+    """Write the SAE in SAELens's format, and its normaliser, into a folder of a staged table."""
     from medsae_ray.sae.saelens import export_files
 
-    for name, content in export_files(sae, normaliser, {"stand_ins": stand_ins}).items():
-        staging.write_bytes(content, name)
-    staging.write_bytes(normaliser.to_json().encode(), "normaliser.json")
+    files = export_files(sae, normaliser, {"stand_ins": stand_ins})
+    files["normaliser.json"] = normaliser.to_json().encode()
+    staging.filesystem.create_dir(staging.path(folder), recursive=True)
+    for name, content in files.items():
+        staging.write_bytes(content, posixpath.join(folder, name))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ ENVIRONMENT = {
 SMALL = (
     "--radiographs.phantom_images", "400", "--embed.encoder", "stand-in", "--embed.block_rows", "64",
     "--fit.expansion", "2", "--fit.sparsity", "1e-2", "--fit.learning_rate", "2e-3", "--fit.batch_size", "64",
-    "--fit.epochs", "40", "--fit.evaluate_every", "10", "--fit.min_firing", "3", "--measure.min_firing", "3",
-    "--ray.progress", "false", "--until", "measure",
+    "--fit.epochs", "40", "--fit.evaluate_every", "10", "--fit.min_firing", "3", "--fit.threads", "1",
+    "--measure.min_firing", "3", "--ray.progress", "false", "--until", "measure",
 )  # fmt: skip
 """A pipeline that takes a minute: 400 phantoms, 1,024 neurons."""
 
@@ -51,6 +53,36 @@ def start_medsae(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
     """Start `medsae` and go on; its output goes to `log`."""
     with open(log, "wb") as stream:
         return subprocess.Popen([*MEDSAE, *arguments], stdout=stream, stderr=stream, env=ENVIRONMENT)
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+    """Poll until `condition()` holds; fails where the process ends or the time is over."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.05)
+
+
+def train_workers(driver: int) -> list[int]:
+    """Process ids of the Ray Train workers of a driver whose Ray is embedded in it."""
+    processes = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, rest = stat.read_text().split("(", 1)[1].rsplit(")", 1)
+            processes[int(stat.parent.name)] = name, int(rest.split()[1])
+    # Linux cuts names to 15 characters; the parent of a worker is the raylet, whose parent is the driver.
+    return [
+        pid
+        for pid, (name, raylet) in processes.items()
+        if name == "ray::RayTrainWorker"[:15] and raylet in processes and processes[raylet][1] == driver
+    ]
+
+
+def evaluations(log: str) -> list[tuple[int, int]]:
+    """(process id of the worker, epoch) of each evaluation that `fit` told, in their order."""
+    told = re.findall(r"RayTrainWorker pid=(\d+)\)\S* epoch +(\d+)/", log)
+    return [(int(pid), int(epoch)) for pid, epoch in told]
 
 
 def watched(connects: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Bad files are quarantined with their reason; a killed driver loses and repeats nothing."""
+"""Bad files are quarantined with their reason; a killed driver or worker loses and repeats nothing."""
 
 import json
 import os
@@ -13,17 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import SMALL, medsae, start_medsae
+from commands import SMALL, evaluations, medsae, start_medsae, train_workers, wait_for
 from PIL import Image
-
-
-def wait_for(condition, process, seconds=240):
-    """Poll until `condition()` holds; fails where the process ends or the time is over."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the run did not get that far"
-        time.sleep(0.05)
 
 
 def kill(process):
@@ -109,25 +100,53 @@ def test_embed_killed_half_way_goes_on_where_it_was(copy_of, tmp_path):
     assert not (run / "_partial" / "embeddings").exists()
 
 
-def test_fit_killed_half_way_goes_on_from_its_last_checkpoint(copy_of, tmp_path):
-    run = copy_of("radiographs", "embeddings")
-    checkpoints = run / "_partial" / "sae" / "checkpoints"
-    arguments = ("fit", "--run", str(run), *SMALL, "--fit.epochs", "300", "--fit.evaluate_every", "5")
-    process = start_medsae(*arguments, log=tmp_path / "first.log")
-    wait_for(lambda: len(list(checkpoints.glob("*/checkpoint_*/state.pt"))) >= 3, process)
+def assert_same_fit(sae, undisturbed):
+    """Bit for bit, but for the seconds it took."""
+    ours, theirs = (pd.read_parquet(f / "history").drop(columns="seconds") for f in (sae, undisturbed))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+    for name in ("cfg.json", "sae_weights.safetensors", "normaliser.json"):
+        assert (sae / name).read_bytes() == (undisturbed / name).read_bytes()
+    chosen = [json.loads((f / "_manifest.json").read_text())["notes"] for f in (sae, undisturbed)]
+    for notes in chosen:
+        notes["chosen"].pop("seconds")
+    assert chosen[0] == chosen[1]
+
+
+def test_fit_goes_on_after_the_kill_of_a_worker_as_if_undisturbed(phantom_run, copy_of, tmp_path):
+    run, log = copy_of("radiographs", "embeddings"), tmp_path / "log"
+    # A checkpoint every 3 of 200 steps: the undisturbed run had none between its evaluations.
+    process = start_medsae("fit", "--run", str(run), *SMALL, "--fit.checkpoint_every", "3", log=log)
+    wait_for(lambda: [epoch for _, epoch in evaluations(log.read_text())] == [10], process)
+    (worker,) = train_workers(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait() == 0, log.read_text()[-3000:]
+
+    told = evaluations(log.read_text())
+    # Not from the start again, and by another process. (One killed before its report is told twice.)
+    assert [epoch for _, epoch in told if epoch > 10] == [20, 30, 40]
+    assert {pid for pid, epoch in told if epoch > 10} != {worker}
+    assert worker in {pid for pid, _ in told}
+    assert_same_fit(run / "sae", phantom_run.folder / "sae")
+    # The two best, and the last; nothing that Ray Train did not know of.
+    assert 2 <= len(list((run / "sae" / "checkpoints").glob("*/checkpoint_*/state.pt"))) <= 3
+
+
+def test_fit_killed_half_way_goes_on_from_its_last_checkpoint(phantom_run, copy_of, tmp_path):
+    run, log = copy_of("radiographs", "embeddings"), tmp_path / "log"
+    arguments = ("fit", "--run", str(run), *SMALL)
+    process = start_medsae(*arguments, "--fit.checkpoint_every", "3", log=log)
+    wait_for(lambda: evaluations(log.read_text()), process)
     kill(process)
     time.sleep(5)
     # What Ray Train's controller had registered when it died is what there is to go on from.
-    (snapshot,) = checkpoints.glob("*/checkpoint_manager_snapshot.json")
+    (snapshot,) = (run / "_partial" / "sae" / "checkpoints").glob("*/checkpoint_manager_snapshot.json")
     latest = json.loads(snapshot.read_text())["latest_checkpoint_result"]["checkpoint_dir_name"]
-    last = torch.load(snapshot.parent / latest / "state.pt", weights_only=True)["epoch"]
-    assert 5 <= last < 300
+    state = torch.load(snapshot.parent / latest / "state.pt", weights_only=True)
+    assert 10 <= state["epoch"] < 40
+    told = len(state["history"]) // 2
 
     done = medsae(*arguments)
-    told = [int(epoch) for epoch in re.findall(r"epoch +(\d+)/300", done.stdout + done.stderr)]
-    assert min(told) == last + 5
-    history = pd.read_parquet(run / "sae" / "history")
-    valid = history[history["split"] == "valid"]
-    assert list(valid["epoch"]) == list(range(5, 301, 5))
-    assert valid["step"].is_monotonic_increasing
-    assert valid["seconds"].is_monotonic_increasing
+    assert [epoch for _, epoch in evaluations(done.stdout + done.stderr)] == [10, 20, 30, 40][told:]
+    assert_same_fit(run / "sae", phantom_run.folder / "sae")
+    seconds = pd.read_parquet(run / "sae" / "history").query("split == 'valid'")["seconds"]
+    assert seconds.is_monotonic_increasing

@@ -9,6 +9,7 @@ from scipy import stats
 from scipy.sparse import csr_array
 
 from medsae_ray.errors import InputError
+from medsae_ray.sae.base import SAEConfig
 from medsae_ray.sae.evaluate import (
     EvaluationSums,
     LabelSums,
@@ -16,7 +17,7 @@ from medsae_ray.sae.evaluate import (
     label_entropy,
     selection_score,
 )
-from medsae_ray.sae.relu import ReLUSAE, SAEConfig
+from medsae_ray.sae.relu import ReLUSAE
 
 
 def sae_and_x(n=120, d=6, m=30, offset=0.0, norm="unit", reduction="sum"):

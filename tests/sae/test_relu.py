@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from medsae_ray.errors import InputError
-from medsae_ray.sae.relu import ReLUSAE, SAEConfig, check_width
+from medsae_ray.sae.base import SAEConfig, check_width
+from medsae_ray.sae.relu import ReLUSAE
 
 CONVENTIONS = [(norm, reduction) for norm in ("unit", "weighted") for reduction in ("sum", "mean")]
 
@@ -48,7 +49,8 @@ def test_closed_form_gradients_equal_autograd(norm, reduction, dtype):
     autograd = torch.autograd.grad(expected.loss, parameters)
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, torch.nan)
-    parts = sae.write_gradients(x, 0.07, len(x))
+    parts, fired = sae.write_gradients(x, 0.07, len(x))
+    assert torch.equal(fired, (sae.encode(x) > 0).sum(0))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     for name, parameter, reference in zip(names, parameters, autograd, strict=True):
         torch.testing.assert_close(

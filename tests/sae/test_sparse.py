@@ -6,7 +6,8 @@ import torch
 from scipy.sparse import csr_array
 
 from medsae_ray.errors import InputError
-from medsae_ray.sae.relu import ReLUSAE, SAEConfig
+from medsae_ray.sae.base import SAEConfig
+from medsae_ray.sae.relu import ReLUSAE
 from medsae_ray.sae.sparse import sparse_activations
 
 

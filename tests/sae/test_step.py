@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medsae_ray.errors import InputError
+from medsae_ray.sae.base import SAEConfig
 from medsae_ray.sae.evaluate import evaluate
 from medsae_ray.sae.geometric_median import geometric_median
 from medsae_ray.sae.normaliser import fit
-from medsae_ray.sae.relu import ReLUSAE, SAEConfig
+from medsae_ray.sae.relu import ReLUSAE
 from medsae_ray.sae.sampling import global_batches, rank_slice
-from medsae_ray.sae.step import TrainStep
+from medsae_ray.sae.step import Schedule, TrainStep
+from medsae_ray.sae.workers import Workers
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,7 @@ def sparse_data(n=2000, d=32, n_features=48, active=0.06, seed=0):
 
 def train_step(norm="unit", sparsity=1e-2, warmup=20, d=32, m=128, seed=0):
     sae = ReLUSAE(SAEConfig(d, m, sparsity, norm), seed=seed)
-    return TrainStep(sae, learning_rate=2e-3, sparsity_warmup_steps=warmup)
+    return TrainStep(sae, learning_rate=2e-3, schedule=Schedule(sparsity_warmup=warmup))
 
 
 @pytest.mark.parametrize("norm", ["unit", "weighted"])
@@ -72,15 +74,17 @@ def test_workers_with_slices_give_the_loss_curve_of_one(world):
     barrier = threading.Barrier(world)
 
     def work(rank):
-        def all_reduce(tensor):
-            shares[rank] = tensor.clone()
-            barrier.wait(60)
-            tensor.copy_(torch.stack(shares).sum(0))
-            barrier.wait(60)
+        class Threads(Workers):
+            def sum(self, tensor):
+                shares[rank] = tensor.clone()
+                barrier.wait(60)
+                tensor.copy_(torch.stack(shares).sum(0))
+                barrier.wait(60)
 
-        train = train_step()
+        workers, train = Threads(), train_step()
+        workers.rank, workers.world = rank, world
         curve = [
-            torch.stack(train.step(x[rank_slice(batch, rank, world)], len(batch), all_reduce))
+            torch.stack(train.step(x[rank_slice(batch, rank, world)], len(batch), workers))
             for batch in batches
         ]
         return torch.stack(curve), train
@@ -89,7 +93,7 @@ def test_workers_with_slices_give_the_loss_curve_of_one(world):
     expected = torch.stack([torch.stack(alone.step(x[batch], len(batch))) for batch in batches])
     with ThreadPoolExecutor(world) as pool:
         curves, trains = zip(*pool.map(work, range(world)), strict=True)
-    assert expected.shape == (100, 3)
+    assert expected.shape == (100, 4)
     for curve, train in zip(curves, trains, strict=True):
         torch.testing.assert_close(curve, expected, rtol=1e-4, atol=1e-6)
         for ours, first in zip(train.sae.parameters(), trains[0].sae.parameters(), strict=True):
@@ -99,7 +103,12 @@ def test_workers_with_slices_give_the_loss_curve_of_one(world):
 def test_an_empty_slice_contributes_nothing():
     x, _ = sparse_data(8)
     shares: list[torch.Tensor] = []
-    train_step().step(x[:0], 8, lambda t: shares.append(t.clone()))
+
+    class Kept(Workers):
+        def sum(self, tensor):
+            shares.append(tensor.clone())
+
+    train_step().step(x[:0], 8, Kept())
     assert not shares[0].any()
 
 
@@ -164,7 +173,7 @@ def test_learning_rate_must_be_positive():
 def test_takes_sparse_data_apart():
     x, directions = sparse_data(4000)
     sae = ReLUSAE(SAEConfig(32, 128, 0.15), centre=geometric_median(x[:3500]))
-    train = TrainStep(sae, learning_rate=2e-3, sparsity_warmup_steps=50)
+    train = TrainStep(sae, learning_rate=2e-3, schedule=Schedule(sparsity_warmup=50))
     for epoch in range(60):
         for batch in global_batches(3500, 256, seed=0, epoch=epoch):
             train.step(x[batch], len(batch))
@@ -182,6 +191,6 @@ def test_a_step_on_the_gpu_equals_one_on_the_cpu():
     losses = []
     for device in ("cpu", "cuda"):
         step = train_step()
-        moved = TrainStep(step.sae.to(device), learning_rate=1e-3, sparsity_warmup_steps=20)
+        moved = TrainStep(step.sae.to(device), learning_rate=1e-3, schedule=Schedule(sparsity_warmup=20))
         losses.append([float(moved.step(x.to(device), len(x)).loss) for _ in range(5)])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
