@@ -1,0 +1,1 @@
+"""Pictures of a run's tables, as matplotlib figures without a display."""

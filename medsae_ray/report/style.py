@@ -1,0 +1,159 @@
+"""One style for all figures: sizes in mm, text of 8 points, colours and shapes that survive a grey printer.
+
+A figure is made by a function under `@styled`, from `new_figure`, and turned into a file by `figure_bytes`:
+
+    @styled
+    def my_figure(table: pa.Table) -> Figure:
+        figure, (top, bottom) = new_figure(height_mm=90, n_rows=2, share_x=True)
+        …
+        return figure
+
+No pyplot and no display: importing this opens no window and leaves matplotlib's global settings alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from typing import Literal, NamedTuple, ParamSpec
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+SINGLE_MM, DOUBLE_MM = 89.0, 183.0
+"""Widths of one column and of two columns of a printed page."""
+TEXT_PT = 8.0
+"""All text, at the figure's own size."""
+
+BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = (
+    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+)  # fmt: skip
+"""Okabe and Ito's colours, told apart with any colour vision; in grey only in part, hence the shapes."""
+GREY, PALE = "#6E6E6E", "#C8C8C8"
+"""Reference lines, and what is there but does not count."""
+
+STYLE = {
+    "font.size": TEXT_PT,
+    "axes.labelsize": TEXT_PT,
+    "axes.titlesize": TEXT_PT,
+    "xtick.labelsize": TEXT_PT,
+    "ytick.labelsize": TEXT_PT,
+    "legend.fontsize": TEXT_PT,
+    "figure.titlesize": TEXT_PT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.0,
+    "legend.handletextpad": 0.5,
+    "figure.constrained_layout.use": True,
+    # Equal for the layout and for the file: text is a little wider at one resolution than at another.
+    "figure.dpi": 300,
+    "savefig.dpi": 300,
+    # Text stays text, and no file differs from the next of the same figure.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "medsae",
+}
+
+
+class Look(NamedTuple):
+    """How one series is drawn."""
+
+    name: str
+    colour: str
+    marker: str
+
+
+ARCHITECTURES = {
+    "relu": Look("ReLU-L1", BLACK, "o"),
+    "gated": Look("Gated", BLUE, "s"),
+    "jumprelu": Look("JumpReLU", VERMILION, "^"),
+    "topk": Look("TopK", GREEN, "D"),
+    "batchtopk": Look("BatchTopK", PURPLE, "v"),
+    "matryoshka": Look("Matryoshka", ORANGE, "P"),
+}
+"""By the name in `fit.architecture`; in this order in every legend."""
+
+P = ParamSpec("P")
+
+
+def styled(make: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Run a function that makes a figure under `STYLE` alone, whatever the user's matplotlibrc says."""
+
+    @functools.wraps(make)
+    def under_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.style.context(STYLE, after_reset=True):
+            return make(*args, **kwargs)
+
+    return under_style
+
+
+def new_figure(
+    width_mm: float = SINGLE_MM,
+    height_mm: float = 60.0,
+    *,
+    n_rows: int = 1,
+    n_columns: int = 1,
+    share_x: bool = False,
+    share_y: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure on an Agg canvas, laid out without overlaps, and its axes, row by row."""
+    figure = Figure(figsize=(width_mm / 25.4, height_mm / 25.4))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(n_rows, n_columns, sharex=share_x, sharey=share_y, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def figure_bytes(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
+    """The figure as a file: the same bytes for the same figure, without date or program name.
+
+    PNG has 300 dots an inch; SVG holds its text as text.
+    """
+    settle(figure)
+    names = {"png": ("Software",), "svg": ("Date", "Creator")}[kind]
+    sink = io.BytesIO()
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure.savefig(sink, format=kind, metadata=dict.fromkeys(names))
+    return sink.getvalue()
+
+
+@styled
+def settle(figure: Figure) -> Figure:
+    """Lay the figure out once and for all: what is placed by pixels holds from now on."""
+    if figure.get_layout_engine() is not None:
+        figure.align_ylabels()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
+
+
+def look_of(architecture: str) -> Look:
+    """Name, colour and marker of an architecture; grey crosses for one that is not known here."""
+    return ARCHITECTURES.get(architecture, Look(architecture, GREY, "X"))
+
+
+def in_order(architectures: ArrayLike) -> list[str]:
+    """The distinct ones, in the order of `ARCHITECTURES`, others after them by name."""
+    known = list(ARCHITECTURES)
+    found = {str(name) for name in np.asarray(architectures).tolist()}
+    return sorted(found, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def mean_sd(values: ArrayLike) -> tuple[float, float]:
+    """Mean and standard deviation (n − 1) of the finite values; NaN where too few are."""
+    kept = np.asarray(values, np.float64)
+    kept = kept[np.isfinite(kept)]
+    mean = float(kept.mean()) if kept.size else np.nan
+    return mean, float(kept.std(ddof=1)) if kept.size > 1 else np.nan
