@@ -21,11 +21,14 @@ HELP = {
     "radiographs": "read the data set's tables (or generate phantoms)",
     "embed": "radiographs to embeddings",
     "fit": "embeddings to a sparse autoencoder",
+    "sweep": "many sparse autoencoders at once; the best becomes the run's",
     "encode": "embeddings to sparse activations",
     "measure": "activations and labels to the neuron table and the summary",
+    "controls": "the neurons' figures beside those of units that no SAE has learned",
     "panels": "activations to the radiographs that stand for each neuron",
     "name": "panels to a concept and a description a neuron, by a vision-language model",
     "detect": "names put to the test on radiographs of other patients, and the statistics of it",
+    "diagnose": "which failure signatures a run meets, what to change, and the next sweep",
     "status": "what a run holds: stages, rows, quarantined, seconds, stale or fresh",
     "weights": "where MedCLIP's weights come from; checks a file and prints its SHA-256",
 }
@@ -76,11 +79,13 @@ def _sentence_of(error: BaseException) -> str | None:
 def _dispatch(command: str, rest: list[str]) -> None:
     if command == "status":
         _status(rest)
+    elif command == "diagnose":
+        _diagnose(rest)
     elif command == "weights":
         _weights(rest)
     elif command == "pipeline":
         run_stages(STAGES, parse_settings(command, rest))
-    elif command in STAGES:
+    elif command in (*STAGES, "sweep"):
         run_stages((command,), parse_settings(command, rest))
     elif command in ("-h", "--help"):
         width = max(map(len, HELP))
@@ -125,7 +130,7 @@ def _parser(command: str) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it win")
     parser.add_class_arguments(Settings, fail_untyped=True)
-    stages = {command} if command in STAGES else set(STAGES)
+    stages = {"fit", "sweep"} if command == "sweep" else {command} if command in STAGES else set(STAGES)
     shown = {"config", "run", "overwrite", "ray", "help", *stages}
     if stages & set(ASKING):
         shown |= {"medgemma", "dry_run"}
@@ -133,7 +138,8 @@ def _parser(command: str) -> ArgumentParser:
         shown |= {"until"}
     for action in parser._actions:
         if action.dest.split(".")[0] not in shown or (
-            action.option_strings == [f"--{action.dest}"] and (action.dest in {*STAGES, "medgemma", "ray"})
+            action.option_strings == [f"--{action.dest}"]
+            and (action.dest in {*STAGES, "sweep", "medgemma", "ray"})
         ):
             action.help = argparse.SUPPRESS
     return parser
@@ -183,6 +189,14 @@ def _status(arguments: list[str]) -> None:
 
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise InputError("Name one run folder: medsae status RUN.")
+    print(describe(arguments[0]))
+
+
+def _diagnose(arguments: list[str]) -> None:
+    from medsae_ray.diagnose import describe
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise InputError("Name one run folder: medsae diagnose RUN.")
     print(describe(arguments[0]))
 
 

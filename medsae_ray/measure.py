@@ -10,7 +10,7 @@ Undefined figures are NaN in arrays and null in tables, never 0. The measures ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -799,20 +799,21 @@ CHOSEN = pa.schema(
 
 
 def chosen_neurons(
-    test: UnitMeasures, valid: UnitMeasures, *, min_firing: int, by: Literal["r", "abs_r"] = "r"
+    test: UnitMeasures, valid: UnitMeasures, *, min_firing: int, signed: bool = False
 ) -> pa.Table:
     """For each label the unit chosen on the validation split alone, with its figures on test (`CHOSEN`).
 
-    `by="r"` takes the largest r, a unit that fires where the label is present; `abs_r` the largest |r|, sign
-    kept, so that a unit of AUROC near 0 can be chosen. Only units that fire on at least `min_firing` images
-    of the validation split qualify: on test, a chosen one may turn out silent, and then its AUROC is 0.5.
+    The largest r wins, a unit that fires where the label is present. Of `signed` units, whose direction means
+    nothing (raw dimensions, components), the largest |r|: all its figures are then those of the unit in the
+    direction of its r on validation. Only units that fire on at least `min_firing` images of the validation
+    split qualify: on test, a chosen one may turn out silent, and then its AUROC is 0.5.
     """
-    score = np.abs(valid.r) if by == "abs_r" else valid.r
+    score = np.abs(valid.r) if signed else valid.r
     eligible = (valid.n_firing >= max(min_firing, 1))[:, None] & ~np.isnan(score)
     score = np.where(eligible, score, -np.inf)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for i, label in enumerate(test.labels):
-        row: dict[str, object] = {"label": label, "n_positive": int(test.n_positive[i])}
+        row: dict[str, Any] = {"label": label, "n_positive": int(test.n_positive[i])}
         if eligible[:, i].any():
             unit = int(score[:, i].argmax())
             row |= {
@@ -824,9 +825,39 @@ def chosen_neurons(
                 "auroc_low": test.auroc_low[unit, i],
                 "auroc_high": test.auroc_high[unit, i],
             }
+            if valid.r[unit, i] < 0 and signed:
+                row |= {name: -row[name] for name in ("valid_r", "r")}
+                row |= {name: 1 - row[name] for name in ("valid_auroc", "auroc")}
+                row |= {"auroc_low": 1 - row["auroc_high"], "auroc_high": 1 - row["auroc_low"]}
         rows.append(row)
     columns = {f.name: pa.array([row.get(f.name) for row in rows], f.type, from_pandas=True) for f in CHOSEN}
     return pa.table(columns, schema=CHOSEN)
+
+
+CLAIM_AUROC, CLAIM_LOW = 0.8, 0.7
+"""A label counts as separated where the unit chosen on validation exceeds these on test."""
+
+
+def claim(row: dict[str, Any], min_positives: int) -> dict[str, Any]:
+    """A row of `chosen_neurons` without NaN, with whether the unit separates its label: `separated` needs an
+    AUROC and its lower bound above `CLAIM_AUROC` and `CLAIM_LOW`, and `min_positives` positives (paper.md).
+    """
+    row = {name: None if isinstance(v, float) and not np.isfinite(v) else v for name, v in row.items()}
+    enough = row["n_positive"] >= min_positives
+    area, low = row["auroc"], row["auroc_low"]
+    separates = area is not None and low is not None and area > CLAIM_AUROC and low > CLAIM_LOW
+    return {**row, "enough_positives": enough, "separated": enough and separates}
+
+
+class Failure(NamedTuple):
+    """One of the known failures, with its figures."""
+
+    kind: Literal["dead", "fve", "entropy"]
+    finding: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.finding}: {self.remedy}."
 
 
 def failure_signatures(
@@ -834,31 +865,44 @@ def failure_signatures(
     fve: float,
     dead_share: float,
     entropy: EntropyMean,
-    mean_norm: float,
-    dimension_variance: Floats,
-    non_finite_share: float,
+    embedding: Mapping[str, float],
     near_floor: float = 0.05,
-) -> list[str]:
-    """The known failures that these figures show, a sentence each with the remedy; empty if none.
+) -> list[Failure]:
+    """The known failures that these figures show (paper.md); a figure that is NaN shows none.
 
-    `dead_share` and `non_finite_share` are in [0, 1]; `entropy` is the mean over living neurons;
-    `mean_norm`, `dimension_variance` [d] and `non_finite_share` describe the raw embeddings. Entropy counts
-    as high from `near_floor` nats below its floor under permuted labels.
+    `dead_share` is in [0, 1]; `entropy` is the mean over living neurons; `embedding` describes the raw
+    embeddings: `mean_norm`, `variance_mean`, `variance_min` and `variance_max` a dimension,
+    `non_finite_share` in [0, 1], `effective_dimension`. Entropy counts as high from `near_floor` nats below
+    its floor under permuted labels.
     """
     found = []
     if dead_share > 0.40:
         found.append(
-            f"{dead_share:.0%} of the neurons are dead (above 40 %): "
-            "lower the sparsity weight λ or raise the learning rate."
+            Failure(
+                "dead",
+                f"{dead_share:.0%} of the neurons are dead (above 40 %)",
+                "lower the sparsity weight λ or raise the learning rate",
+            )
         )
     if fve < 0.90:
-        found.append(f"FVE is {fve:.3f} (below 0.90): raise the expansion or lower the sparsity weight λ.")
-    if entropy.entropy >= entropy.floor - near_floor:
-        variance = dimension_variance
         found.append(
-            f"The living neurons' mean entropy {entropy.entropy:.2f} is that of permuted labels "
-            f"({entropy.floor:.2f}): check the normalisation (the embeddings' mean norm is {mean_norm:.3g}, "
-            f"their variance a dimension {variance.mean():.2g}, from {variance.min():.2g} to "
-            f"{variance.max():.2g}, and {non_finite_share:.2%} of their numbers are not finite)."
+            Failure(
+                "fve",
+                f"FVE is {fve:.3f} (below 0.90)",
+                "raise the expansion or lower the sparsity weight λ",
+            )
+        )
+    if entropy.entropy >= entropy.floor - near_floor:
+        of = embedding
+        found.append(
+            Failure(
+                "entropy",
+                f"The living neurons' mean entropy {entropy.entropy:.2f} is that of permuted labels "
+                f"({entropy.floor:.2f})",
+                f"check the normalisation (the embeddings' mean norm is {of['mean_norm']:.3g}, their "
+                f"variance a dimension {of['variance_mean']:.2g}, from {of['variance_min']:.2g} to "
+                f"{of['variance_max']:.2g}, their effective dimension {of['effective_dimension']:.1f}, and "
+                f"{of['non_finite_share']:.2%} of their numbers are not finite)",
+            )
         )
     return found

@@ -11,7 +11,7 @@ from medsae_ray.errors import InputError
 from medsae_ray.run import Run
 from medsae_ray.stages.outcome import Outcome
 
-STAGES = ("radiographs", "embed", "fit", "encode", "measure", "panels", "name", "detect")
+STAGES = ("radiographs", "embed", "fit", "encode", "measure", "controls", "panels", "name", "detect")
 ASKING = ("name", "detect")
 """Stages that ask the vision-language model."""
 

@@ -206,9 +206,10 @@ class Run:
             return stream.read()
 
     def write_bytes(self, content: bytes, *parts: str) -> None:
-        """Write one file of the run (not a table: `summary.json`)."""
-        self.filesystem.create_dir(self.root, recursive=True)
-        with self.filesystem.open_output_stream(self.path(*parts)) as stream:
+        """Write one file of the run (not a table: `summary.json`, a figure)."""
+        path = self.path(*parts)
+        self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        with self.filesystem.open_output_stream(path) as stream:
             stream.write(content)
 
     def begin(

@@ -8,23 +8,32 @@ from typing import Any
 
 import numpy as np
 
+from medsae_ray.controls_summary import beside_controls
 from medsae_ray.labelling_summary import is_current, labelling
 from medsae_ray.labels import LABELS
-from medsae_ray.measure import EntropyMean, entropy_means, failure_signatures
+from medsae_ray.measure import (
+    CLAIM_AUROC,
+    CLAIM_LOW,
+    EntropyMean,
+    claim,
+    entropy_means,
+    failure_signatures,
+)
 from medsae_ray.run import Manifest, Run
 
 PAPER = {"entropy_neurons": 2.25, "entropy_dimensions": 2.38, "fve": 0.98, "dead": 0.30}
 """Published figures (arXiv 2510.26411); the entropies hold for 14 labels."""
-CLAIM_AUROC, CLAIM_LOW = 0.8, 0.7
-"""A label counts as separated where the neuron chosen on validation exceeds these on test."""
 
 
 def write_summary(run: Run) -> dict[str, Any]:
     """Compute a measured run's summary from its tables, write `summary.json` and return it.
 
-    Its `labelling` is there once the neurons are named and tested, and until what they rest on changes.
+    Its `controls` are there once the stage of that name has run, its `labelling` once the neurons are named
+    and tested, both until what they rest on changes.
     """
     summary = summarise(run)
+    if run.is_fresh("controls"):
+        summary["controls"] = beside_controls(run)
     if is_current(run):
         summary["labelling"] = labelling(run)
     run.write_bytes(json.dumps(summary, indent=1).encode(), "summary.json")
@@ -67,8 +76,8 @@ def summarise(run: Run) -> dict[str, Any]:
                 _figure(f"entropy_floor_{kind}_{table}", mean.floor, table, mean.n_units),
                 _figure(f"entropy_relative_{kind}_{table}", mean.relative, table, mean.n_units),
             ]
-    chosen = [_claim(row, notes["min_positives"]) for row in notes["chosen"]["neurons"]]
-    raw_chosen = [_claim(row, notes["min_positives"]) for row in notes["chosen"]["dimensions"]]
+    chosen = [claim(row, notes["min_positives"]) for row in notes["chosen"]["neurons"]]
+    raw_chosen = [claim(row, notes["min_positives"]) for row in notes["chosen"]["dimensions"]]
     separated = [row["label"] for row in chosen if row["separated"]]
     figures.append(_figure("labels_separated", len(separated), "neurons", n_labels))
     return {
@@ -193,27 +202,14 @@ def _figure(
     return told if paper is None else {**told, "paper": paper}
 
 
-def _claim(row: dict[str, Any], min_positives: int) -> dict[str, Any]:
-    """A row of `chosen_neurons`, with whether it separates its label by paper.md's rule for a claim."""
-    row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    enough = row["n_positive"] >= min_positives
-    area, low = row["auroc"], row["auroc_low"]
-    separates = area is not None and low is not None and area > CLAIM_AUROC and low > CLAIM_LOW
-    return {**row, "enough_positives": enough, "separated": enough and separates}
-
-
 def _signatures(notes: dict[str, Any], living: EntropyMean, fitted: Manifest) -> list[str]:
-    embedding = notes["embedding"]
-    return failure_signatures(
+    found = failure_signatures(
         fve=notes["test"]["fve"],
         dead_share=notes["test"]["dead"],
         entropy=living,
-        mean_norm=embedding["mean_norm"],
-        dimension_variance=np.array(
-            [embedding["variance_min"], embedding["variance_mean"], embedding["variance_max"]]
-        ),
-        non_finite_share=embedding["non_finite_share"],
+        embedding=notes["embedding"],
     )
+    return [str(failure) for failure in found]
 
 
 def _number(value: float | None, share: bool) -> str:

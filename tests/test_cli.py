@@ -89,7 +89,7 @@ def test_help_shows_every_setting_of_the_stage(command, capsys):
         assert shown == (command in (stage, "pipeline") or asks)
     assert ("--dry_run" in text) == (command in ("pipeline", *ASKING))
     if command == "fit":
-        assert "the weight of the L1 term (paper: 3e-4)" in text
+        assert "the weight of the sparsity term of relu, gated and jumprelu (paper: 3e-4)" in text
         assert "default: 0.0003" in text
 
 

@@ -491,8 +491,11 @@ def test_choice_is_made_on_validation_alone() -> None:
         "n_positive": 60,
     }
     assert (fracture["neuron"], fracture["n_positive"]) == (0, 7)
-    by_size = chosen_neurons(test, valid, min_firing=10, by="abs_r").to_pylist()
-    assert (by_size[0]["neuron"], by_size[0]["valid_r"]) == (2, -0.8)
+    edema, fracture = chosen_neurons(test, valid, min_firing=10, signed=True).to_pylist()
+    assert (edema["neuron"], edema["valid_r"], edema["r"]) == (2, 0.8, 0.7)
+    assert (edema["valid_auroc"], edema["auroc"]) == pytest.approx((0.9, 0.85))
+    assert (edema["auroc_low"], edema["auroc_high"]) == pytest.approx((0.0, 1.35))
+    assert (fracture["neuron"], fracture["r"]) == (0, 0.1)
     nobody = chosen_neurons(test, valid, min_firing=60).to_pylist()
     assert [row["neuron"] for row in nobody] == [None, None]
     assert [row["n_positive"] for row in nobody] == [60, 7]
@@ -500,14 +503,20 @@ def test_choice_is_made_on_validation_alone() -> None:
 
 def test_failure_signatures_say_the_figure_and_the_remedy() -> None:
     def of(fve: float = 0.97, dead: float = 0.3, h: float = 1.9) -> list[str]:
-        return failure_signatures(
+        found = failure_signatures(
             fve=fve,
             dead_share=dead,
             entropy=EntropyMean(10, h, 2.3, 0.7),
-            mean_norm=1.0,
-            dimension_variance=np.array([0.001, 0.003]),
-            non_finite_share=0.0,
+            embedding={
+                "mean_norm": 1.0,
+                "variance_mean": 0.0015,
+                "variance_min": 0.001,
+                "variance_max": 0.003,
+                "non_finite_share": 0.0,
+                "effective_dimension": 6.96,
+            },
         )
+        return [str(failure) for failure in found]
 
     assert of() == []
     (dead,) = of(dead=0.62)
@@ -517,6 +526,9 @@ def test_failure_signatures_say_the_figure_and_the_remedy() -> None:
     assert "0.800" in fve
     assert "raise the expansion" in fve
     (high,) = of(h=2.28)
-    assert all(part in high for part in ("2.28", "2.30", "norm is 1", "0.002, from 0.001 to 0.003", "0.00%"))
+    assert all(
+        part in high
+        for part in ("2.28", "2.30", "norm is 1", "0.0015, from 0.001 to 0.003", "dimension 7.0", "0.00%")
+    )
     assert of(h=np.nan) == []
     assert len(of(0.1, 0.9, 2.5)) == 3

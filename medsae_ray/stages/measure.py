@@ -77,7 +77,9 @@ def measure(run: Run, settings: Settings) -> Outcome:
     notes["min_positives"] = chosen.min_positives
     notes["min_firing"] = chosen.min_firing
     notes["chosen"] = {
-        name: chosen_neurons(of["test"], of["valid"], min_firing=chosen.min_firing).to_pylist()
+        name: chosen_neurons(
+            of["test"], of["valid"], min_firing=chosen.min_firing, signed=name == "dimensions"
+        ).to_pylist()
         for name, of in (("neurons", neurons), ("dimensions", dimensions))
     }
     raw = neurons_table(dimensions["test"], dimensions["valid"])

@@ -1,0 +1,207 @@
+"""One fitted SAE measured for an experiment: on the run's embeddings, without writing any table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from medsae_ray.measure import (
+    Activations,
+    Bools,
+    Floats,
+    LabelPolicy,
+    ReconstructionState,
+    chosen_neurons,
+    claim,
+    entropy_means,
+    labels_of,
+    measure_units,
+    neurons_table,
+)
+from medsae_ray.run import Run
+from medsae_ray.sae.base import SparseAutoencoder
+from medsae_ray.sae.sparse import sparse_activations
+from medsae_ray.stages.rows import batches_of, matrix, split_rows
+from medsae_ray.statistics import entropy
+from medsae_ray.tables import RADIOGRAPHS
+
+
+class Split(NamedTuple):
+    """Embeddings of one split, in `image_id` order, with labels under the policy."""
+
+    image_ids: Any
+    """pyarrow string array [n]."""
+    x: NDArray[np.float32]
+    """Raw embeddings [n, d]."""
+    y: Floats
+    """[n, L], 0 or 1."""
+    known: Bools
+    patients: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of one SAE; of the test split unless the name says otherwise. NaN where undefined."""
+
+    fve: float
+    l0: float
+    dead: float
+    """Share of neurons that fire on no test embedding."""
+    dead_train: float
+    """The same of the training split."""
+    n_living: int
+    """Neurons behind the entropy: those that fire on at least `min_firing` test embeddings."""
+    entropy: float
+    """Mean over them, in nats."""
+    entropy_low: float
+    entropy_high: float
+    """95 % interval of it over patients."""
+    entropy_floor: float
+    """The same mean under permuted labels."""
+    best_auroc: float
+    """Mean over the labels of the AUROC of the neuron chosen on validation."""
+    labels_separated: int
+    n_labels: int
+    """Labels with enough test positives for a claim (`measure.min_positives`)."""
+    share_separated: float
+    """labels_separated / n_labels."""
+    share_above: float
+    """Of the same labels, the share whose chosen neuron has an AUROC above 0.8, whatever its interval."""
+
+
+def read_splits(run: Run, policy: LabelPolicy) -> dict[str, Split]:
+    """train, valid and test of a run's embeddings."""
+    radiographs = run.read("radiographs", RADIOGRAPHS)
+    splits = {}
+    for name in ("train", "valid", "test"):
+        rows = split_rows(run, name)
+        y, known = policy.apply(rows.labels)
+        patients = labels_of(radiographs, rows.image_ids)[1]
+        x = matrix(batches_of(run, rows.image_ids))
+        splits[name] = Split(rows.image_ids, x, y, known, patients)
+    return splits
+
+
+def measure_sae(
+    sae: SparseAutoencoder,
+    splits: dict[str, Split],
+    *,
+    min_firing: int,
+    min_positives: int,
+    permutations: int,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Measured:
+    """Measure an SAE that takes raw embeddings."""
+    fired = {name: _activations(sae, split) for name, split in splits.items()}
+    units = {
+        name: measure_units(
+            fired[name],
+            splits[name].y,
+            splits[name].known,
+            splits[name].patients,
+            permutations=permutations if name == "test" else 0,
+            seed=seed,
+        )
+        for name in ("test", "valid")
+    }
+    test, z = splits["test"], fired["test"].values
+    assert isinstance(z, csr_array)
+    rebuilt = ReconstructionState(test.x.shape[1], sae.config.n_neurons)
+    W_dec, b_dec = sae.W_dec.detach().numpy(), sae.b_dec.detach().numpy()
+    rebuilt.update(test.x, z @ W_dec + b_dec, z.indices)
+    train = fired["train"].values
+    assert isinstance(train, csr_array)
+    dead_train = np.bincount(train.indices, minlength=sae.config.n_neurons) == 0
+    mean = entropy_means(
+        neurons_table(units["test"], units["valid"], dead_train), min_firing=min_firing
+    ).living
+    low, high = entropy_interval(
+        z, test.y, test.known, test.patients, min_firing=min_firing, resamples=resamples, seed=seed
+    )
+    chosen = chosen_neurons(units["test"], units["valid"], min_firing=min_firing).to_pylist()
+    told = [claim(row, min_positives) for row in chosen]
+    areas = [row["auroc"] for row in told if row["auroc"] is not None]
+    enough = [row for row in told if row["enough_positives"]]
+    separated = sum(row["separated"] for row in enough)
+    above = sum((row["auroc"] or 0) > 0.8 for row in enough)
+    return Measured(
+        fve=rebuilt.fve,
+        l0=rebuilt.l0,
+        dead=float(rebuilt.dead.mean()),
+        dead_train=float(dead_train.mean()),
+        n_living=mean.n_units,
+        entropy=mean.entropy,
+        entropy_low=low,
+        entropy_high=high,
+        entropy_floor=mean.floor,
+        best_auroc=float(np.mean(areas)) if areas else float("nan"),
+        labels_separated=separated,
+        n_labels=len(enough),
+        share_separated=separated / len(enough) if enough else float("nan"),
+        share_above=above / len(enough) if enough else float("nan"),
+    )
+
+
+def as_row(measured: Measured) -> dict[str, Any]:
+    """Column → value."""
+    return asdict(measured)
+
+
+def _activations(sae: SparseAutoencoder, split: Split) -> Activations:
+    firing = sparse_activations(sae, torch.from_numpy(split.x))
+    shape = (len(split.x), sae.config.n_neurons)
+    return Activations(split.image_ids, csr_array((firing.value, firing.neuron, firing.indptr), shape=shape))
+
+
+def entropy_interval(
+    z: csr_array,
+    y: Floats,
+    known: Bools,
+    patients: NDArray[np.int64],
+    *,
+    min_firing: int,
+    resamples: int = 200,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % basic bootstrap interval over patients of the mean entropy of the living neurons, in nats.
+
+    z [n, m] sparse, y and known [n, L], patients [n]. The neurons are those that fire on at least
+    `min_firing` of the images; one that is constant in a resample is left out of it. Resampling adds noise to
+    every r and so shifts every entropy: the basic interval (Davison & Hinkley 1997, section 5.2) turns the
+    shift round, where percentiles would count it twice. NaN where no neuron is left.
+    """
+    living = np.bincount(z.indices, minlength=z.shape[1]) >= min_firing
+    if not living.any():
+        return float("nan"), float("nan")
+    by_neuron = csr_array(csr_array(z)[:, np.flatnonzero(living)].T.astype(np.float64))
+    squared = by_neuron.multiply(by_neuron).tocsr()
+    labels = np.where(known, y, 0.0)
+    _, patient = np.unique(patients, return_inverse=True)
+    n_patients = int(patient.max()) + 1
+
+    def mean_entropy(weight: Floats) -> float:
+        w = weight[:, None]
+        counts, sums = (w * known).sum(0), (w * labels).sum(0)
+        means = by_neuron @ np.hstack([w * known, w * labels])
+        zs, zy = np.split(means, 2, axis=1)
+        zz = squared @ (w * known)
+        n = np.maximum(counts, 1)
+        spread = np.maximum(zz - zs**2 / n, 0) * np.maximum(sums - sums**2 / n, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            r = np.where(spread > 1e-20, (zy - zs * sums / n) / np.sqrt(spread), np.nan)
+        return float(np.nanmean(entropy(r)))
+
+    rng, shares = np.random.default_rng(seed), np.full(n_patients, 1 / n_patients)
+    estimate = mean_entropy(np.ones(len(y)))
+    drawn = [
+        mean_entropy(rng.multinomial(n_patients, shares)[patient].astype(np.float64))
+        for _ in range(resamples)
+    ]
+    lower, upper = np.quantile(drawn, [0.025, 0.975])
+    return float(2 * estimate - upper), float(2 * estimate - lower)
