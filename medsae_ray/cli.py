@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from medsae_ray.config import Settings
 from medsae_ray.errors import InputError
-from medsae_ray.pipeline import ASKING, STAGES, run_stages
+from medsae_ray.pipeline import ASKING, EXPERIMENTS, STAGES, run_stages
 
 HELP = {
     "pipeline": "all stages in order, each skipped where it is done",
@@ -28,6 +28,9 @@ HELP = {
     "panels": "activations to the radiographs that stand for each neuron",
     "name": "panels to a concept and a description a neuron, by a vision-language model",
     "detect": "names put to the test on radiographs of other patients, and the statistics of it",
+    "replicate": "the paper's settings under both conventions of normalisation, beside its figures",
+    "expansion": "entropy, FVE and dead neurons at several expansions and one λ",
+    "architectures": "six architectures at equal L0 and equal FVE: dead neurons, entropy, AUROC",
     "diagnose": "which failure signatures a run meets, what to change, and the next sweep",
     "status": "what a run holds: stages, rows, quarantined, seconds, stale or fresh",
     "weights": "where MedCLIP's weights come from; checks a file and prints its SHA-256",
@@ -87,6 +90,8 @@ def _dispatch(command: str, rest: list[str]) -> None:
         run_stages(STAGES, parse_settings(command, rest))
     elif command in (*STAGES, "sweep"):
         run_stages((command,), parse_settings(command, rest))
+    elif command in EXPERIMENTS:
+        run_stages(("radiographs", "embed", command), parse_settings(command, rest))
     elif command in ("-h", "--help"):
         width = max(map(len, HELP))
         print("usage: medsae COMMAND [--config FILE.yaml] [--run RUN] [--stage.field VALUE …]\n")
@@ -130,7 +135,11 @@ def _parser(command: str) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; flags after it win")
     parser.add_class_arguments(Settings, fail_untyped=True)
-    stages = {"fit", "sweep"} if command == "sweep" else {command} if command in STAGES else set(STAGES)
+    stages = {command} if command in STAGES else set(STAGES)
+    if command == "sweep":
+        stages = {"fit", "sweep"}
+    if command in EXPERIMENTS:
+        stages = {"radiographs", "embed", "fit", "sweep", "measure", "experiment"}
     shown = {"config", "run", "overwrite", "ray", "help", *stages}
     if stages & set(ASKING):
         shown |= {"medgemma", "dry_run"}
@@ -139,7 +148,7 @@ def _parser(command: str) -> ArgumentParser:
     for action in parser._actions:
         if action.dest.split(".")[0] not in shown or (
             action.option_strings == [f"--{action.dest}"]
-            and (action.dest in {*STAGES, "sweep", "medgemma", "ray"})
+            and (action.dest in {*STAGES, "sweep", "experiment", "medgemma", "ray"})
         ):
             action.help = argparse.SUPPRESS
     return parser

@@ -96,6 +96,7 @@ def controls_text(summary: dict[str, Any]) -> str:
     )
     if planted:
         lines.append(f"planted: share of the {len(planted)} planted findings at AUROC > {CLAIM_AUROC}.")
+    lines.append("untrained, rotated, shuffled: one draw each, another with another controls.seed.")
     lines += [
         f"{NAMES[name]} did not converge in {ica['iterations']} iterations: its units are as found."
         for name, ica in told["ica"].items()

@@ -12,12 +12,14 @@ from medsae_ray.run import Run
 from medsae_ray.stages.outcome import Outcome
 
 STAGES = ("radiographs", "embed", "fit", "encode", "measure", "controls", "panels", "name", "detect")
+EXPERIMENTS = ("replicate", "expansion", "architectures")
+"""The paper's experiments, on a run's embeddings."""
 ASKING = ("name", "detect")
 """Stages that ask the vision-language model."""
 
 
 def stage_function(stage: str) -> Callable[[Run, Settings], Outcome]:
-    """The function of one stage, imported only when asked for."""
+    """The function of one stage or experiment, imported only when asked for."""
     return getattr(_module(stage), stage)
 
 
@@ -38,7 +40,7 @@ def run_stages(stages: tuple[str, ...], settings: Settings) -> None:
         for stage in stages:
             print(_module(stage).dry_run(run, settings))
         return
-    if len(stages) > 1:
+    if stages == STAGES:
         stages = stages[: stages.index(settings.until) + 1]
         if set(stages) & set(ASKING):
             _refuse_model(settings)
@@ -67,4 +69,5 @@ def _refuse_model(settings: Settings) -> None:
 
 
 def _module(stage: str) -> Any:
-    return importlib.import_module(f"medsae_ray.stages.{stage}")
+    room = "experiments" if stage in EXPERIMENTS else "stages"
+    return importlib.import_module(f"medsae_ray.{room}.{stage}")

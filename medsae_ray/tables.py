@@ -89,6 +89,7 @@ that fired on none of these embeddings while the weights changed.
 
 EXPERIMENT = pa.schema(
     [
+        pa.field("sae", pa.string(), nullable=False),
         pa.field("matched", pa.string()),
         pa.field("architecture", pa.string(), nullable=False),
         pa.field("normalisation", pa.string(), nullable=False),
@@ -123,13 +124,15 @@ EXPERIMENT = pa.schema(
             "seconds",
         )
     ]
+    + [pa.field("entropy_labels", pa.int64())]
 )
 """A row is an SAE of an experiment (`replicate`, `expansion`, `architectures`), measured on the test split.
 
-`matched` says for which comparison it was fitted (l0, fve; path: only to find the settings of these; null
-where nothing is matched). `entropy` is the mean over the `n_living` neurons, its interval over patients;
-`best_auroc` the mean over the labels of the neuron chosen on validation; of the `n_labels` with enough
-positives, `share_separated` have such a neuron by paper.md's rule and `share_above` one of AUROC > 0.8.
+`sae` is its folder under `saes/` beside the table, in SAELens's format. `matched` says for which comparison
+it was fitted (l0, fve; path: only to find the settings of these; null where nothing is matched). `entropy` is
+the mean over the `n_living` neurons, its interval over patients; `best_auroc` the mean over the labels of the
+neuron chosen on validation; of the `n_labels` with enough positives, `share_separated` have such a neuron by
+paper.md's rule and `share_above` one of AUROC > 0.8.
 """
 
 SWEEP = pa.schema(

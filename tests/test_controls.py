@@ -292,22 +292,27 @@ def test_the_printed_table_has_a_row_a_kind_and_tells_what_is_missing() -> None:
     assert "STAND-IN MODELS (encoder stand-in)" in text
     assert "\nICA did not converge in 100 iterations" in text
     assert "leading PCs did not converge" not in text
+    assert "one draw each, another with another controls.seed" in text
 
 
 def test_the_figure_shows_each_kind_in_black_and_grey() -> None:
     summary = {"controls": told(pca={"entropy": 1.9}, ica={"entropy": None, "entropy_floor": None})}
     figure = controls_figure(summary)
-    left, right = figure.axes
+    left, middle, right = figure.axes
     assert [label.get_text() for label in left.get_yticklabels()] == list(NAMES.values())
     assert "nats" in left.get_xlabel()
+    assert "AUROC" in middle.get_xlabel()
     assert right.get_xlabel() == "labels separated (of 11)"
-    dots = [line for line in left.lines if line.get_marker() == "o" and line.get_fillstyle() == "full"]
-    np.testing.assert_allclose(
-        [line.get_xdata()[0] for line in dots], [2.0, 2.05, 2.1, 2.15, 1.9, np.nan, 2.3, 2.35]
-    )
+    for panel, expected in (
+        (left, [2.0, 2.05, 2.1, 2.15, 1.9, np.nan, 2.3, 2.35]),
+        (middle, [0.95, 0.94, 0.93, 0.92, 0.91, 0.90, 0.89, 0.88]),
+        (right, [9, 8, 7, 6, 5, 4, 3, 2]),
+    ):
+        dots = [line for line in panel.lines if line.get_marker() == "o" and line.get_fillstyle() == "full"]
+        np.testing.assert_allclose([line.get_xdata()[0] for line in dots], expected)
     rings = [line for line in left.lines if line.get_fillstyle() == "none"]
     assert [line.get_ydata()[0] for line in rings] == [4]
-    for line in [*left.lines, *right.lines]:
+    for line in [*left.lines, *middle.lines, *right.lines]:
         red, green, blue = (int(line.get_color()[i : i + 2], 16) for i in (1, 3, 5))
         assert red == green == blue
     words = "".join(ET.fromstring(figure_bytes(figure, "svg")).itertext())

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from medsae_ray.config import ExperimentSettings, FitSettings, Settings
-from medsae_ray.experiments.fitted import Fits, experiment_plan, setting_of
+from medsae_ray.experiments.fitted import Fits, experiment_plan
 from medsae_ray.experiments.matching import is_matched, setting_for
 from medsae_ray.experiments.told import mean_sd, table_text, write_experiment
 from medsae_ray.run import Run
+from medsae_ray.sae.trials import has
 from medsae_ray.stages.outcome import Outcome
 
 L0_TOLERANCE = 0.1
@@ -38,9 +39,7 @@ def architectures(run: Run, settings: Settings) -> Outcome:
     Raises InputError for embeddings that cannot be normalised.
     """
     chosen = settings.experiment
-    staging = run.begin(
-        experiment_plan(run, "architectures", settings, _told(chosen)), settings.overwrite, keep=("_fits",)
-    )
+    staging = run.begin(experiment_plan(run, "architectures", settings, _told(chosen)), settings.overwrite)
     if staging is None:
         print(run.read_bytes("architectures", "architectures.txt").decode())
         return Outcome(run.require("architectures", "architectures"), ran=False)
@@ -76,10 +75,10 @@ def _fit_settings(
 ) -> FitSettings:
     """The settings of one SAE whose sparsity setting, λ or l0, is `value`."""
     changed: dict[str, Any] = {"architecture": architecture, "seed": seed}
-    if setting_of(architecture) == "sparsity":
-        changed["sparsity"] = float(f"{value:.4g}")
-    else:
+    if has(architecture, "l0"):
         changed["l0"] = max(1, round(value))
+    else:
+        changed["sparsity"] = float(f"{value:.4g}")
     if architecture == "jumprelu":
         changed["sparsity"] = chosen.jumprelu_sparsity
     return dataclasses.replace(base, **changed)
@@ -91,7 +90,7 @@ def _path(fits: Fits, base: FitSettings, chosen: ExperimentSettings) -> list[dic
         [
             _fit_settings(base, chosen, name, value, chosen.seeds[0])
             for name in chosen.architectures
-            for value in (chosen.sparsities if setting_of(name) == "sparsity" else chosen.l0s)
+            for value in (chosen.l0s if has(name, "l0") else chosen.sparsities)
         ]
     )
 
@@ -213,6 +212,11 @@ def answer_of(by_l0: dict[str, list[dict[str, Any]]], l0: int) -> str:
         if all(is_matched(row["l0"], l0, L0_TOLERANCE) for row in rows)
     }
     missed = [name for name in by_l0 if name not in matched]
+    if "relu" in missed:
+        return (
+            f"ReLU-L1 is not within 10 % of L0 {l0} on test, so that nothing can be compared: give "
+            "nearer values of experiment.sparsities."
+        )
     alive = [
         name
         for name, rows in matched.items()
@@ -225,9 +229,11 @@ def answer_of(by_l0: dict[str, list[dict[str, Any]]], l0: int) -> str:
         and max(row["dead_train"] for row in rows) < min(row["dead_train"] for row in relu)
         and mean(rows, "fve") > mean(relu, "fve") - FVE_LOSS
     ]
-    lower = [name for name in fewer if mean(by_l0[name], "entropy_high") < mean(relu, "entropy")]
-    higher = [name for name in fewer if mean(by_l0[name], "entropy_low") > mean(relu, "entropy")]
-    same = [name for name in fewer if name not in (*lower, *higher)]
+    lower = [name for name in fewer if mean(by_l0[name], "entropy_high") < mean(relu, "entropy_low")]
+    higher = [name for name in fewer if mean(by_l0[name], "entropy_low") > mean(relu, "entropy_high")]
+    same = [
+        name for name in fewer if name not in (*lower, *higher) and np.isfinite(mean(by_l0[name], "entropy"))
+    ]
     told = [
         f"Do other architectures leave fewer dead neurons at the same entropy? At L0 {l0} ± 10 % ReLU-L1 "
         f"leaves {mean(relu, 'dead_train'):.1%} of its neurons dead on the training split, at FVE "
@@ -237,8 +243,9 @@ def answer_of(by_l0: dict[str, list[dict[str, Any]]], l0: int) -> str:
     ]
     if fewer:
         told.append(
-            f"Of these the entropy is as ReLU-L1's (within the 95 % interval over patients) with "
-            f"{_listed(same)}, lower with {_listed(lower)}, higher with {_listed(higher)}."
+            f"Of these the entropy is lower than ReLU-L1's with {_listed(lower)}, higher with "
+            f"{_listed(higher)} (95 % intervals over patients apart), and not told apart with "
+            f"{_listed(same)}."
         )
     told.append(f"Fewer than {DEAD:.0%} dead at that FVE: {_listed(alive)}.")
     if missed:

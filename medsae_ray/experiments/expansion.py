@@ -23,9 +23,7 @@ def expansion(run: Run, settings: Settings) -> Outcome:
 
     chosen = settings.experiment
     told = {"expansions": chosen.expansions, "seeds": chosen.seeds}
-    staging = run.begin(
-        experiment_plan(run, "expansion", settings, told), settings.overwrite, keep=("_fits",)
-    )
+    staging = run.begin(experiment_plan(run, "expansion", settings, told), settings.overwrite)
     if staging is None:
         print(run.read_bytes("expansion", "expansion.txt").decode())
         return Outcome(run.require("expansion", "expansion"), ran=False)
@@ -67,6 +65,8 @@ def text_of(rows: list[dict[str, Any]]) -> str:
 
 def _change(name: str, before: list[float], after: list[float]) -> str:
     step = f"from {np.mean(before):.3f} to {np.mean(after):.3f}"
+    if not np.isfinite([*before, *after]).all():
+        return f"{name} is undefined for some"
     if max(before) < min(after):
         return f"{name} rises ({step})"
     if max(after) < min(before):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import posixpath
 from typing import Any, Literal, NamedTuple
 
@@ -13,22 +11,29 @@ import numpy as np
 import pyarrow.fs as pafs
 
 from medsae_ray.cluster import require_resources, start_ray
-from medsae_ray.config import FitSettings, Settings, fingerprinted
+from medsae_ray.config import FitSettings, MeasureSettings, Settings, fingerprinted
 from medsae_ray.experiments.measured import Split, as_row, measure_sae, read_splits
 from medsae_ray.measure import LabelPolicy
 from medsae_ray.run import Plan, Run, Staging
+from medsae_ray.sae.base import DEFAULT_L0
 from medsae_ray.sae.normaliser import Normaliser
+from medsae_ray.sae.trials import has
 from medsae_ray.stages.fit import normalise
+from medsae_ray.stages.sweep import threads_of_a_trial, trials_at_a_time
 
 Convention = Literal["unit", "dim"]
 
-SPARSITY = {"relu": "sparsity", "gated": "sparsity"}
-"""The setting that makes an architecture sparser, where it is not `l0`."""
+FIGURES = "figures.json"
+"""A measured SAE's row of the table, beside its weights."""
 
 
-def setting_of(architecture: str) -> str:
-    """The setting that decides how many neurons of an architecture fire."""
-    return SPARSITY.get(architecture, "l0")
+def strength_of(settings: FitSettings) -> tuple[Literal["sparsity", "l0"], float]:
+    """The setting that decides how many neurons fire, and its value."""
+    if has(settings.architecture, "l0") and settings.l0 is not None:
+        return "l0", settings.l0
+    if has(settings.architecture, "sparsity"):
+        return "sparsity", settings.sparsity
+    return "l0", DEFAULT_L0
 
 
 class Embedded(NamedTuple):
@@ -40,6 +45,8 @@ class Embedded(NamedTuple):
     """By convention."""
     centres: dict[Convention, np.ndarray]
     """Geometric medians of the normalised training embeddings, by convention."""
+    stand_ins: list[str]
+    """Of the run's embeddings."""
 
 
 def experiment_plan(run: Run, table: str, settings: Settings, told: dict[str, Any]) -> Plan:
@@ -70,16 +77,18 @@ class Fits:
         start_ray(settings.ray)
         chosen = settings.sweep
         require_resources(
-            "sweep.cpus_per_trial", {"CPU": chosen.cpus_per_trial, "GPU": chosen.gpus_per_trial}
+            "sweep.cpus_per_trial and sweep.gpus_per_trial",
+            {"CPU": chosen.cpus_per_trial, "GPU": chosen.gpus_per_trial},
         )
         policy = LabelPolicy(settings.measure.uncertain, settings.measure.blank)
         splits = read_splits(run, policy)
+        stand_ins = run.require("embeddings", "embed").stand_ins
         normalisers, centres = {}, {}
         for convention in conventions:
             of = dataclasses.replace(settings.fit, normalisation=convention)
             normaliser, centre = normalise(run, splits["train"].image_ids, of)
             normalisers[convention], centres[convention] = normaliser, centre.numpy()
-        self._shared = ray.put(Embedded(splits, normalisers, centres))
+        self._shared = ray.put(Embedded(splits, normalisers, centres, stand_ins))
 
     def __call__(self, wanted: list[FitSettings]) -> list[dict[str, Any]]:
         """A row for each: its settings and `Measured` figures, in the order asked for."""
@@ -88,19 +97,20 @@ class Fits:
         found = [self._kept(settings) for settings in wanted]
         missing = [i for i, row in enumerate(found) if row is None]
         chosen, measure = self.settings.sweep, self.settings.measure
-        cpus = ray.cluster_resources().get("CPU", 1)
-        at_once = max(1, min(len(missing), int((os.cpu_count() or 1) // chosen.cpus_per_trial)))
-        task = ray.remote(num_cpus=cpus / at_once if cpus < at_once else chosen.cpus_per_trial)(fit_one)
+        at_a_time = trials_at_a_time(chosen)
+        threads = threads_of_a_trial(chosen, at_a_time)
+        task = ray.remote(num_cpus=chosen.cpus_per_trial, num_gpus=chosen.gpus_per_trial)(fit_one)
         under_way: dict[Any, int] = {}
         while missing or under_way:
-            while missing and (len(under_way) < (chosen.concurrent or at_once)):
+            while missing and len(under_way) < at_a_time:
                 i = missing.pop(0)
-                remote = task.options(num_gpus=chosen.gpus_per_trial, name=name_of(wanted[i]), max_retries=3)
-                under_way[remote.remote(self._shared, wanted[i], measure, chosen.threads or 1)] = i
+                remote = task.options(name=name_of(wanted[i]), max_retries=3)
+                under_way[remote.remote(self._shared, wanted[i], measure, threads)] = i
             done, _ = ray.wait(list(under_way))
             i = under_way.pop(done[0])
-            row = found[i] = ray.get(done[0])
-            self._keep(wanted[i], row)
+            row, files = ray.get(done[0])
+            found[i] = row
+            self._keep(wanted[i], row, files)
             print(
                 f"{name_of(wanted[i]):<34} FVE {row['fve']:.3f}  L0 {row['l0']:.1f}  "
                 f"dead on train {row['dead_train']:.1%}  entropy {row['entropy']:.3f}  "
@@ -109,39 +119,42 @@ class Fits:
             )
         return [row for row in found if row is not None]
 
-    def _path(self, settings: FitSettings) -> str:
-        told = json.dumps(fingerprinted(settings), sort_keys=True).encode()
-        return self.staging.path("_fits", f"{hashlib.sha256(told).hexdigest()[:16]}.json")
-
     def _kept(self, settings: FitSettings) -> dict[str, Any] | None:
-        path = self._path(settings)
+        path = self.staging.path("saes", name_of(settings), FIGURES)
         if self.staging.filesystem.get_file_info(path).type == pafs.FileType.NotFound:
             return None
         with self.staging.filesystem.open_input_stream(path) as stream:
             return json.loads(stream.read())
 
-    def _keep(self, settings: FitSettings, row: dict[str, Any]) -> None:
-        path = self._path(settings)
-        self.staging.filesystem.create_dir(posixpath.dirname(path), recursive=True)
-        # Named only once it is whole: a kill leaves no half a figure.
+    def _keep(self, settings: FitSettings, row: dict[str, Any], files: dict[str, bytes]) -> None:
+        folder = posixpath.join("saes", name_of(settings))
+        self.staging.filesystem.create_dir(self.staging.path(folder), recursive=True)
+        for name, content in files.items():
+            self.staging.write_bytes(content, posixpath.join(folder, name))
+        # Last, and under its name only once it is whole: after a kill it says that nothing is missing.
+        path = self.staging.path(folder, FIGURES)
         with self.staging.filesystem.open_output_stream(f"{path}.new") as stream:
-            stream.write(json.dumps(row).encode())
+            stream.write(json.dumps(row, indent=1).encode())
         self.staging.filesystem.move(f"{path}.new", path)
 
 
 def name_of(settings: FitSettings) -> str:
     """A readable name of one fit among others."""
-    which = setting_of(settings.architecture)
-    value = settings.sparsity if which == "sparsity" else settings.l0
+    which, value = strength_of(settings)
     letter = "l" if which == "sparsity" else "k"
     return (
-        f"{settings.architecture}-x{settings.expansion}-{letter}{value:.3g}-"
+        f"{settings.architecture}-x{settings.expansion}-{letter}{value:.4g}-"
         f"{settings.normalisation}-s{settings.seed}"
     )
 
 
-def fit_one(embedded: Embedded, settings: FitSettings, measure: Any, threads: int) -> dict[str, Any]:
-    """Fit one SAE to its end and measure it; a Ray task, but plain without it."""
+def fit_one(
+    embedded: Embedded, settings: FitSettings, measure: MeasureSettings, threads: int
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Fit one SAE to its end and measure it; a Ray task, but plain without it.
+
+    Returns its row of the `EXPERIMENT` schema, and its files in SAELens's format by name.
+    """
     import time
 
     import torch
@@ -165,7 +178,7 @@ def fit_one(embedded: Embedded, settings: FitSettings, measure: Any, threads: in
     check = Validation(judged, torch.from_numpy(valid.y.copy()), torch.from_numpy(valid.known.copy()))
     for _ in fitting.run(held_batches(x, settings), check):
         pass
-    files = export_files(fitting.best_sae(), normaliser, {})
+    files = export_files(fitting.best_sae(), normaliser, {"stand_ins": embedded.stand_ins})
     sae = load_files(files["cfg.json"], files["sae_weights.safetensors"])
     measured = measure_sae(
         sae,
@@ -175,17 +188,18 @@ def fit_one(embedded: Embedded, settings: FitSettings, measure: Any, threads: in
         permutations=measure.floor_permutations,
         seed=measure.seed,
     )
-    which = setting_of(settings.architecture)
+    which, value = strength_of(settings)
     assert fitting.best is not None
     judged_row = next(
         row for row in fitting.history if row["split"] == "valid" and row["epoch"] == fitting.best.epoch
     )
-    return {
+    row = {
+        "sae": name_of(settings),
         "architecture": settings.architecture,
         "normalisation": settings.normalisation,
         "expansion": settings.expansion,
-        "sparsity_setting": settings.sparsity if which == "sparsity" else None,
-        "l0_setting": settings.l0 if which == "l0" else None,
+        "sparsity_setting": value if which == "sparsity" else None,
+        "l0_setting": int(value) if which == "l0" else None,
         "learning_rate": settings.learning_rate,
         "seed": settings.seed,
         "epoch": fitting.best.epoch,
@@ -194,3 +208,4 @@ def fit_one(embedded: Embedded, settings: FitSettings, measure: Any, threads: in
         **as_row(measured),
         "seconds": time.monotonic() - started,
     }
+    return row, files

@@ -154,7 +154,7 @@ def as_row(measured: Measured) -> dict[str, Any]:
 
 
 def _activations(sae: SparseAutoencoder, split: Split) -> Activations:
-    firing = sparse_activations(sae, torch.from_numpy(split.x))
+    firing = sparse_activations(sae, torch.tensor(split.x))
     shape = (len(split.x), sae.config.n_neurons)
     return Activations(split.image_ids, csr_array((firing.value, firing.neuron, firing.indptr), shape=shape))
 
@@ -169,14 +169,15 @@ def entropy_interval(
     resamples: int = 200,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % basic bootstrap interval over patients of the mean entropy of the living neurons, in nats.
+    """95 % bootstrap interval over patients of the mean entropy of the living neurons, in nats.
 
     z [n, m] sparse, y and known [n, L], patients [n]. The neurons are those that fire on at least
     `min_firing` of the images; one that is constant in a resample is left out of it. Resampling adds noise to
-    every r and so shifts every entropy: the basic interval (Davison & Hinkley 1997, section 5.2) turns the
-    shift round, where percentiles would count it twice. NaN where no neuron is left.
+    every r and so shifts every entropy; the shift is taken out, so that the interval lies about the figure
+    and is one for the mean entropy at this number of patients, as the floor is. NaN where no neuron has an
+    entropy.
     """
-    living = np.bincount(z.indices, minlength=z.shape[1]) >= min_firing
+    living = np.bincount(z.indices, minlength=z.shape[1]) >= max(min_firing, 1)
     if not living.any():
         return float("nan"), float("nan")
     by_neuron = csr_array(csr_array(z)[:, np.flatnonzero(living)].T.astype(np.float64))
@@ -192,16 +193,25 @@ def entropy_interval(
         zs, zy = np.split(means, 2, axis=1)
         zz = squared @ (w * known)
         n = np.maximum(counts, 1)
-        spread = np.maximum(zz - zs**2 / n, 0) * np.maximum(sums - sums**2 / n, 0)
+        variance, label_variance = zz - zs**2 / n, sums - sums**2 / n
+        # Rounding leaves a constant neuron a trace of variance.
+        varies = (variance > 1e-12 * zz) & (label_variance > 0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            r = np.where(spread > 1e-20, (zy - zs * sums / n) / np.sqrt(spread), np.nan)
-        return float(np.nanmean(entropy(r)))
+            r = np.where(varies, (zy - zs * sums / n) / np.sqrt(variance * label_variance), np.nan)
+        entropies = entropy(r)
+        defined = entropies[~np.isnan(entropies)]
+        return float(defined.mean()) if defined.size else float("nan")
 
     rng, shares = np.random.default_rng(seed), np.full(n_patients, 1 / n_patients)
     estimate = mean_entropy(np.ones(len(y)))
-    drawn = [
-        mean_entropy(rng.multinomial(n_patients, shares)[patient].astype(np.float64))
-        for _ in range(resamples)
-    ]
-    lower, upper = np.quantile(drawn, [0.025, 0.975])
-    return float(2 * estimate - upper), float(2 * estimate - lower)
+    drawn = np.array(
+        [
+            mean_entropy(rng.multinomial(n_patients, shares)[patient].astype(np.float64))
+            for _ in range(resamples)
+        ]
+    )
+    drawn = drawn[~np.isnan(drawn)]
+    if not drawn.size:
+        return float("nan"), float("nan")
+    low, high = estimate - drawn.mean() + np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)

@@ -25,7 +25,7 @@ def replicate(run: Run, settings: Settings) -> Outcome:
     """
     from medsae_ray.report.figures import replicate_figure
 
-    staging = run.begin(experiment_plan(run, "replicate", settings, {}), settings.overwrite, keep=("_fits",))
+    staging = run.begin(experiment_plan(run, "replicate", settings, {}), settings.overwrite)
     if staging is None:
         print(run.read_bytes("replicate", "replicate.txt").decode())
         return Outcome(run.require("replicate", "replicate"), ran=False)
@@ -38,8 +38,8 @@ def replicate(run: Run, settings: Settings) -> Outcome:
     return write_experiment(run, staging, rows, text_of(rows), {"replicate": replicate_figure})
 
 
-def _raw_entropy(run: Run, settings: Settings) -> dict[str, float]:
-    """The raw dimensions' mean entropy on test, and its floor."""
+def _raw_entropy(run: Run, settings: Settings) -> dict[str, Any]:
+    """The raw dimensions' mean entropy on test, its floor, and over how many labels entropies are."""
     measure = settings.measure
     test = read_splits(run, LabelPolicy(measure.uncertain, measure.blank))["test"]
     units = measure_units(
@@ -52,7 +52,8 @@ def _raw_entropy(run: Run, settings: Settings) -> dict[str, float]:
         with_auroc=False,
     )
     mean = entropy_means(neurons_table(units, units), min_firing=measure.min_firing).living
-    return {"raw_entropy": mean.entropy, "raw_entropy_floor": mean.floor}
+    n_labels = int(units.n_labels.max())
+    return {"raw_entropy": mean.entropy, "raw_entropy_floor": mean.floor, "entropy_labels": n_labels}
 
 
 def deviation(row: dict[str, Any]) -> float:
@@ -62,10 +63,13 @@ def deviation(row: dict[str, Any]) -> float:
 
 def text_of(rows: list[dict[str, Any]]) -> str:
     """Both conventions beside the paper, and in plain words which lies nearer."""
+    fourteen = rows[0]["entropy_labels"] == 14
     lines = [
         [
             name,
-            f"{PAPER[paper]:.2f}" if form != ".1%" else f"{PAPER[paper]:.0%}",
+            "-"
+            if "entropy" in name and not fourteen
+            else format(PAPER[paper], ".2f" if form != ".1%" else ".0%"),
             *(format(row[column], form) for row in rows),
         ]
         for name, paper, column, form in (
@@ -91,4 +95,5 @@ def text_of(rows: list[dict[str, Any]]) -> str:
         f"Convention {nearer['normalisation']!r} lies nearer to the paper's dead share and FVE: the mean "
         f"relative deviation of the two is {others}. The paper's order is the SAE's entropy below the raw "
         f"dimensions'; here it is {order}."
+        + ("" if fourteen else " The paper's entropies hold for 14 labels and are not comparable.")
     )

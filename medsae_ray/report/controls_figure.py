@@ -15,7 +15,7 @@ from medsae_ray.report.style import BLACK, DOUBLE_MM, GREY, PALE, new_figure, se
 
 @styled
 def controls_figure(summary: dict[str, Any]) -> Figure:
-    """Mean entropy with its floor, and labels separated, of the SAE, the raw dimensions and every control.
+    """Mean entropy with its floor, mean AUROC, labels separated: SAE, raw dimensions and every control.
 
     Takes a run's summary (`summary.json`) that holds `controls`. The SAE is black, what it does not beat in
     a panel is ringed.
@@ -23,8 +23,9 @@ def controls_figure(summary: dict[str, Any]) -> Figure:
     told = summary["controls"]
     kinds = told["kinds"]
     places = np.arange(len(kinds))
-    figure, (left, right) = new_figure(DOUBLE_MM, 62, n_columns=2, share_y=True)
-    for panel, name in ((left, "entropy"), (right, "labels_separated")):
+    figure, panels = new_figure(DOUBLE_MM, 62, n_columns=3, share_y=True)
+    left, middle, right = panels
+    for panel, name in zip(panels, ("entropy", "best_auroc", "labels_separated"), strict=True):
         equal = told["not_beaten"][name]
         for place, of in zip(places, kinds, strict=True):
             value = np.nan if of[name] is None else of[name]
@@ -41,9 +42,12 @@ def controls_figure(summary: dict[str, Any]) -> Figure:
     left.set_xlabel("mean entropy of |r| (nats)")
     left.set_yticks(places, [NAMES[of["kind"]] for of in kinds])
     left.invert_yaxis()
+    middle.margins(x=0.1)
+    middle.set_xlabel("mean AUROC of the chosen units")
     right.set_xlim(-0.5, told["n_labels"] + 0.5)
     right.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    right.tick_params(axis="y", left=False)
+    for panel in (middle, right):
+        panel.tick_params(axis="y", left=False)
     right.set_xlabel(f"labels separated (of {told['n_labels']})")
     handles = [
         Line2D([], [], linestyle="", marker="o", color=BLACK, markersize=5.5, label="SAE"),

@@ -278,16 +278,17 @@ def replicate_figure(rows: pa.Table) -> Figure:
 
     Takes a row a convention (`unit`, `dim`), or several for several seeds.
     """
-    of = np.array(rows["convention"].to_pylist(), object)
+    of = np.array(rows["normalisation"].to_pylist(), object)
     kinds = [kind for kind in CONVENTIONS if kind in of]
     figure, axes = new_figure(height_mm=110, n_rows=3, share_x=True)
     neurons, raw = _floats(rows, "entropy"), _floats(rows, "raw_entropy")
+    fourteen = set(rows["entropy_labels"].to_pylist()) == {14}
     panels = (
         (
             ENTROPY,
             (
-                (neurons, "o", BLUE, PAPER["entropy_neurons"]),
-                (raw, "s", VERMILION, PAPER["entropy_dimensions"]),
+                (neurons, "o", BLUE, PAPER["entropy_neurons"] if fourteen else None),
+                (raw, "s", VERMILION, PAPER["entropy_dimensions"] if fourteen else None),
             ),
         ),
         (FVE, ((_floats(rows, "fve"), "o", BLUE, PAPER["fve"]),)),
@@ -296,7 +297,8 @@ def replicate_figure(rows: pa.Table) -> Figure:
     for panel, (name, series) in zip(axes, panels, strict=True):
         panel.set_ylabel(name)
         for number, (y, marker, colour, paper) in enumerate(series):
-            panel.axhline(paper, color=colour, linestyle=("--", ":")[number], zorder=0)
+            if paper is not None:
+                panel.axhline(paper, color=colour, linestyle=("--", ":")[number], zorder=0)
             for place, kind in enumerate(kinds):
                 mine = y[of == kind]
                 x = place + 0.16 * (number - (len(series) - 1) / 2)

@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -51,7 +50,7 @@ def export_files(
     """File name → content. `metadata` is free JSON (encoder, stand-in, …); the conventions are added."""
     check_width(sae, normaliser.embedding_dim)
     config, k = sae.config, normaliser.scale
-    mean = torch.from_numpy(np.asarray(normaliser.mean, dtype=np.float64))
+    mean = torch.tensor(normaliser.mean, dtype=torch.float64)
     weights = sae.export()
     folded = {
         **weights,

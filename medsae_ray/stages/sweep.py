@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from medsae_ray.sae.normaliser import Normaliser
     from medsae_ray.stages.tune_backend import Ended, Job, Shared
 
-GROUPS = "_groups.json"
-"""Names of the trials that train as a stack: once decided, a resumed sweep keeps to it."""
 STORE_SHARE = 0.8
 """Of the object store that the embeddings may fill."""
 SHOWN = 40
@@ -133,8 +131,8 @@ def _train(run: Run, settings: Settings, policy: LabelPolicy, staging: Staging) 
     )
     groups = _groups(settings, staging, job, data) if chosen.search != "optuna" else {}
     n_trials = len(groups) or chosen.trials
-    at_a_time = min(_slots(chosen), n_trials)
-    threads = _threads(chosen, at_a_time)
+    at_a_time = min(trials_at_a_time(chosen), n_trials)
+    threads = threads_of_a_trial(chosen, at_a_time)
     job = _with(job, threads=threads, groups=groups)
     n_saes = sum(map(len, groups.values())) or n_trials
     print(
@@ -181,7 +179,7 @@ def _shared(run: Run, settings: Settings, policy: LabelPolicy) -> tuple[Shared, 
     return data, normaliser
 
 
-def _slots(chosen: SweepSettings) -> int:
+def trials_at_a_time(chosen: SweepSettings) -> int:
     """Trials that run at a time, if there are enough of them."""
     import ray
 
@@ -197,7 +195,8 @@ def _slots(chosen: SweepSettings) -> int:
     return max(1, min(fit_in))
 
 
-def _threads(chosen: SweepSettings, at_a_time: int) -> int:
+def threads_of_a_trial(chosen: SweepSettings, at_a_time: int) -> int:
+    """Torch threads of each of `at_a_time` trials on the CPU."""
     if on_cluster():
         return chosen.threads or max(1, int(chosen.cpus_per_trial))
     return chosen.threads or max(1, (os.cpu_count() or 1) // at_a_time)
@@ -206,7 +205,7 @@ def _threads(chosen: SweepSettings, at_a_time: int) -> int:
 def _groups(settings: Settings, staging: Staging, job: Job, data: Shared) -> dict[str, list[FitSettings]]:
     """What trains in each trial of a grid or random search, by its name."""
     from medsae_ray.sae.trials import group_name, groups, trials
-    from medsae_ray.stages.tune_backend import read_staged
+    from medsae_ray.stages.tune_backend import FOLDER, GROUPS, read_staged
 
     chosen = settings.sweep
     found = trials(settings.fit, chosen)
@@ -218,6 +217,7 @@ def _groups(settings: Settings, staging: Staging, job: Job, data: Shared) -> dic
         kept = read_staged(staging, GROUPS)
         if kept is None:
             stacked = _paying(chosen, stackable, len(groups(found)), job, data)
+            staging.filesystem.create_dir(staging.path(FOLDER), recursive=True)
             staging.write_bytes(json.dumps(stacked).encode(), GROUPS)
         else:
             stacked = json.loads(kept)
@@ -239,12 +239,12 @@ def _paying(
     """Names of the groups that train faster as one stack."""
     from medsae_ray.stages.tune_backend import stacking_pays
 
-    slots = _slots(chosen)
+    slots = trials_at_a_time(chosen)
     threads_fill_up = not on_cluster() and not chosen.gpus_per_trial
     if n_groups < slots and not threads_fill_up:
         # Side by side on all the machines they are done sooner.
         return []
-    job = _with(job, threads=_threads(chosen, min(slots, n_groups)))
+    job = _with(job, threads=threads_of_a_trial(chosen, min(slots, n_groups)))
     resources = {"CPU": chosen.cpus_per_trial, "GPU": chosen.gpus_per_trial}
     timed: dict[tuple[int, int], bool] = {}
     for group in stackable.values():
@@ -398,7 +398,7 @@ def _too_low(best: list[dict[str, Any]], fit: FitSettings) -> str | None:
     if not finished or any(row["fve"] > fit.fve_floor for row in finished):
         return None
     top = max(finished, key=lambda row: row["fve"])
-    sparsities = [row["sparsity_setting"] for row in finished if row["sparsity_setting"] is not None]
+    sparsities = [row["sparsity_setting"] for row in finished if row["sparsity_setting"]]
     l0s = [row["l0_setting"] for row in finished if row["l0_setting"] is not None]
     wider = [f"sweep.sparsity below {min(sparsities):g}"] if sparsities else []
     wider += [f"sweep.l0 above {max(l0s)}"] if l0s else []

@@ -40,6 +40,8 @@ FOLDER, TRIALS = "_tune", "trials"
 """Where Tune works, in the staged table, and the name of its experiment there."""
 PLACED = f"{FOLDER}/placed.json"
 """With which resources it was begun."""
+GROUPS = f"{FOLDER}/groups.json"
+"""Names of the trials that train as a stack: once decided, a resumed sweep keeps to it."""
 WORST = 1e9
 """A score in place of an infinite one, with which neither ASHA nor Optuna can reckon."""
 

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -51,18 +55,21 @@ def cluster(tmp_path_factory):
             subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         )
 
-    start(
-        "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1",
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{dashboard}"
-    wait_for_nodes(address, 1)
-    start(f"--address=127.0.0.1:{port}", "--num-cpus=4")
-    wait_for_nodes(address, 2)
-    yield address
-    for node in nodes:
-        os.killpg(node.pid, signal.SIGKILL)
-    log.close()
+    try:
+        start(
+            "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1",
+        )  # fmt: skip
+        address = f"http://127.0.0.1:{dashboard}"
+        wait_for_nodes(address, 1)
+        start(f"--address=127.0.0.1:{port}", "--num-cpus=4")
+        wait_for_nodes(address, 2)
+        yield address
+    finally:
+        for node in nodes:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+        log.close()
 
 
 def wait_for_nodes(address: str, count: int) -> None:
@@ -82,13 +89,13 @@ def wait_for_nodes(address: str, count: int) -> None:
     raise AssertionError(f"the cluster did not come to {count} nodes: {listed.stdout}{listed.stderr}")
 
 
-def submit(address: str, *command: str) -> subprocess.CompletedProcess[str]:
+def submit(address: str, *command: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     deadline = time.monotonic() + 120
     while True:
         done = subprocess.run(
             [
-                RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", "python",
-                *command,
+                RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), *options,
+                "--", "python", *command,
             ],
             capture_output=True, text=True, env=ENVIRONMENT, check=False,
         )  # fmt: skip
@@ -98,13 +105,26 @@ def submit(address: str, *command: str) -> subprocess.CompletedProcess[str]:
         time.sleep(2)
 
 
-def test_a_submitted_pipeline_fills_the_run_folder(cluster, tmp_path):
-    run = tmp_path / "run"
+def asked(url: str) -> Any:
+    """What the dashboard's HTTP API answers."""
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def piped(cluster, tmp_path_factory):
+    """A submitted pipeline: its run folder and how it ended."""
+    run = tmp_path_factory.mktemp("piped") / "run"
     done = submit(
         cluster, "jobs/pipeline.py", "--config", "jobs/demo.yaml", "--run", str(run), *SMALL,
         *LABELLING, "--until", "detect",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return run, done
+
+
+def test_a_submitted_pipeline_fills_the_run_folder(piped):
+    run, done = piped
     assert "MedSAE summary" in done.stdout
     summary = json.loads((run / "summary.json").read_text())
     embedded = pd.read_parquet(run / "embeddings", columns=["image_id"])["image_id"]
@@ -119,6 +139,59 @@ def test_a_submitted_pipeline_fills_the_run_folder(cluster, tmp_path):
     assert set(verdicts.loc[verdicts["condition"] == "true", "neuron"]) == set(named)
     assert (verdicts["status"] == "answered").mean() > 0.99
     assert summary["labelling"]["names"]["named"] == len(named)
+
+
+def test_a_killed_sweep_submitted_again_trains_only_what_is_missing(cluster, piped, tmp_path):
+    run = tmp_path / "run"
+    for table in ("radiographs", "embeddings"):
+        shutil.copytree(piped[0] / table, run / table)
+    command = (
+        "jobs/sweep.py", "--run", str(run), "--fit.expansion", "1", "--fit.batch_size", "64",
+        "--fit.epochs", "6", "--fit.evaluate_every", "3", "--fit.learning_rate", "2e-3",
+        "--sweep.sparsity", "[1e-3, 1e-1]", "--sweep.seeds", "[0, 1]", "--sweep.together", "never",
+        "--sweep.concurrent", "1", "--ray.progress", "false",
+    )  # fmt: skip
+    names = [f"relu-x1-l{sparsity}-lr2e-3-s{seed}" for sparsity in ("1e-3", "1e-1") for seed in (0, 1)]
+
+    def curves(table: Path) -> dict[str, int]:
+        files = (table / "tensorboard").glob("*/*")
+        return {f"{path.parent.name}/{path.name}": path.stat().st_mtime_ns for path in files}
+
+    job = f"{cluster}/api/jobs/killed-sweep"
+    assert submit(cluster, *command, options=("--no-wait", "--submission-id", "killed-sweep")).returncode == 0
+    deadline = time.monotonic() + 240
+    while asked(f"{job}/logs")["logs"].count("\ntrial ") < 2:
+        assert asked(job)["status"] in ("PENDING", "RUNNING"), asked(f"{job}/logs")["logs"][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(int(asked(job)["driver_info"]["pid"]), signal.SIGKILL)
+    while asked(job)["status"] == "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert asked(job)["status"] == "FAILED"
+    finished = re.findall(r"^trial +\d/4 +(\S+)", asked(f"{job}/logs")["logs"], re.MULTILINE)
+    assert 2 <= len(finished) < 4
+    staged = curves(run / "_partial" / "sweep").items()
+    before = {name: written for name, written in staged if name.split("/")[0] in finished}
+    assert len(before) == 2 * len(finished)
+
+    done = submit(cluster, *command)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    # `ray job submit` exits with 0 as well where it loses sight of the job.
+    assert "The run's SAE is" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    after = curves(run / "sweep")
+    assert len(after) == 8
+    # Of no finished trial was an evaluation written a second time.
+    assert {name: after[name] for name in before} == before
+    table = pd.read_parquet(run / "sweep" / "part-00000.parquet")
+    assert list(dict.fromkeys(table["trial"])) == names
+    assert set(table["status"]) == {"finished"}
+    assert list(table["epoch"]) == [3, 3, 6, 6] * 4
+    assert table["best"].sum() == 4
+
+    # The dashboard shows every trial by its name.
+    actors = asked(f"{cluster}/api/v0/actors?detail=true&limit=1000")["data"]["result"]["result"]
+    assert {actor["repr_name"] for actor in actors if actor["class_name"] == "Trial"} == set(names)
 
 
 def test_a_relative_run_folder_is_refused(cluster):

@@ -108,8 +108,22 @@ def expansions() -> pa.Table:
 def replicate() -> pa.Table:
     return pa.Table.from_pylist(
         [
-            {"convention": "unit", "entropy": 2.29, "raw_entropy": 2.41, "fve": 0.97, "dead": 0.07},
-            {"convention": "dim", "entropy": 2.33, "raw_entropy": 2.40, "fve": 0.995, "dead": 0.01},
+            {
+                "normalisation": "unit",
+                "entropy": 2.29,
+                "raw_entropy": 2.41,
+                "entropy_labels": 14,
+                "fve": 0.97,
+                "dead": 0.07,
+            },
+            {
+                "normalisation": "dim",
+                "entropy": 2.33,
+                "raw_entropy": 2.40,
+                "entropy_labels": 14,
+                "fve": 0.995,
+                "dead": 0.01,
+            },
         ]
     )
 
