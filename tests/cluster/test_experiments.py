@@ -27,7 +27,7 @@ ARCHITECTURES = (
 
 
 def table_of(run, name):
-    return pq.read_table(run / name, schema=EXPERIMENT).to_pandas()
+    return pq.read_table(run / name / "part-00000.parquet", schema=EXPERIMENT).to_pandas()
 
 
 def split_of(run, name):
@@ -72,14 +72,14 @@ def test_architectures_killed_and_called_again(copy_of, tmp_path):
     at_l0 = table.query("matched == 'l0'")
     assert at_l0.groupby("architecture")["seed"].apply(sorted).to_dict() == {"relu": [0, 1], "topk": [0, 1]}
     assert_figures(run, "architectures")
-    for text in ("Architectures at L0 32", "Do other architectures leave fewer dead neurons"):
+    for text in ("Architectures at L0 32", "The same at the FVE that relu has there"):
         assert text in done.stdout
     assert "STAND-IN MODELS" in done.stdout
     for figure in ("architectures_l0", "architectures_fve"):
         assert (run / "architectures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
     again = medsae("architectures", "--run", str(run), *ARCHITECTURES)
     assert "up to date" in again.stdout
-    assert "Do other architectures leave fewer dead neurons" in again.stdout
+    assert "The same at the FVE that relu has there" in again.stdout
 
 
 def test_expansion_and_replicate(copy_of):
