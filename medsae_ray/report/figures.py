@@ -315,8 +315,10 @@ def replicate_figure(rows: pa.Table) -> Figure:
         Line2D([], [], color=BLUE, marker="o", linestyle="", label="neurons"),
         Line2D([], [], color=VERMILION, marker="s", linestyle="", label="raw dimensions"),
         Line2D([], [], color=BLUE, linestyle="--", label="paper, neurons"),
-        Line2D([], [], color=VERMILION, linestyle=":", label="paper, raw dimensions"),
     ]
+    if fourteen:
+        told = "paper, raw dimensions"
+        handles.append(Line2D([], [], color=VERMILION, linestyle=":", label=told))
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return settle(figure)
 
