@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from medsae_ray.config import ExperimentSettings, FitSettings, Settings
 from medsae_ray.experiments.fitted import Fits, experiment_plan
 from medsae_ray.experiments.matching import is_matched, setting_for
-from medsae_ray.experiments.told import mean_sd, table_text, write_experiment
+from medsae_ray.experiments.told import mean_sd, table_text, tell_again, write_experiment
 from medsae_ray.run import Run
 from medsae_ray.sae.trials import has
 from medsae_ray.stages.outcome import Outcome
@@ -41,8 +41,7 @@ def architectures(run: Run, settings: Settings) -> Outcome:
     chosen = settings.experiment
     staging = run.begin(experiment_plan(run, "architectures", settings, _told(chosen)), settings.overwrite)
     if staging is None:
-        print(run.read_bytes("architectures", "architectures.txt").decode())
-        return Outcome(run.require("architectures", "architectures"), ran=False)
+        return tell_again(run, "architectures")
     fits = Fits(run, staging, settings, (settings.fit.normalisation,))
     base = dataclasses.replace(settings.fit, evaluate_every=settings.fit.epochs)
     path = _path(fits, base, chosen)

@@ -9,7 +9,7 @@ import numpy as np
 
 from medsae_ray.config import Settings
 from medsae_ray.experiments.fitted import Fits, experiment_plan
-from medsae_ray.experiments.told import mean_sd, table_text, write_experiment
+from medsae_ray.experiments.told import mean_sd, table_text, tell_again, write_experiment
 from medsae_ray.run import Run
 from medsae_ray.stages.outcome import Outcome
 
@@ -25,8 +25,7 @@ def expansion(run: Run, settings: Settings) -> Outcome:
     told = {"expansions": chosen.expansions, "seeds": chosen.seeds}
     staging = run.begin(experiment_plan(run, "expansion", settings, told), settings.overwrite)
     if staging is None:
-        print(run.read_bytes("expansion", "expansion.txt").decode())
-        return Outcome(run.require("expansion", "expansion"), ran=False)
+        return tell_again(run, "expansion")
     fits = Fits(run, staging, settings, (settings.fit.normalisation,))
     rows = fits(
         [

@@ -8,7 +8,7 @@ from typing import Any
 from medsae_ray.config import Settings
 from medsae_ray.experiments.fitted import Convention, Fits, experiment_plan
 from medsae_ray.experiments.measured import read_splits
-from medsae_ray.experiments.told import table_text, write_experiment
+from medsae_ray.experiments.told import table_text, tell_again, write_experiment
 from medsae_ray.measure import Activations, LabelPolicy, entropy_means, measure_units, neurons_table
 from medsae_ray.run import Run
 from medsae_ray.stages.outcome import Outcome
@@ -27,8 +27,7 @@ def replicate(run: Run, settings: Settings) -> Outcome:
 
     staging = run.begin(experiment_plan(run, "replicate", settings, {}), settings.overwrite)
     if staging is None:
-        print(run.read_bytes("replicate", "replicate.txt").decode())
-        return Outcome(run.require("replicate", "replicate"), ran=False)
+        return tell_again(run, "replicate")
     fits = Fits(run, staging, settings, CONVENTIONS)
     raw = _raw_entropy(run, settings)
     rows = [

@@ -21,14 +21,6 @@ SMALL = FitSettings(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def data():
     x, _ = sparse_data(600)
     y = (x[500:, :5] > 0).double()

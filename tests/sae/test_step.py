@@ -20,14 +20,6 @@ from medsae_ray.sae.step import Schedule, TrainStep
 from medsae_ray.sae.workers import Workers
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def sparse_data(n=2000, d=32, n_features=48, active=0.06, seed=0):
     """Sparse non-negative mixtures of fixed unit directions: what an SAE should take apart."""
     rng = np.random.default_rng(seed)
