@@ -7,6 +7,7 @@ it after that, so that a kill in between would cost work or leave nothing to go 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -283,6 +284,12 @@ def _named(function: Any) -> Any:
             for module in ("ray.train._internal.storage", "ray.tune.trainable.trainable"):
                 logging.getLogger(module).setLevel(logging.WARNING)
             super().setup(config)
+
+        def restore(self, checkpoint_path: Any) -> None:
+            # After a kill Tune may know of no checkpoint but one that a newer has replaced, and would count
+            # the trial as failed. A trial looks for its furthest state itself.
+            with contextlib.suppress(ValueError):
+                super().restore(checkpoint_path)
 
         def __repr__(self) -> str:
             return self.trial_name or "sweep"
