@@ -280,7 +280,7 @@ def _commit(
     rows: list[dict[str, Any]] = []
     reasons: dict[str, str] = {}
     for trial in ended:
-        state = furthest_state(staging.filesystem, posixpath.join(job.folder, trial.trial))
+        state = furthest_state(staging.filesystem, job.folder, trial.trial)
         finished = state is not None and state["finished"]
         if not finished and trial.error is None and not settings.sweep.asha:
             raise RuntimeError(f"Ray Tune ended trial {trial.trial} before it had finished.")

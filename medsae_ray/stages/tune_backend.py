@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import posixpath
+import re
 import sys
 import tempfile
 import warnings
@@ -104,7 +105,7 @@ def train_trial(config: dict[str, Any], data: Shared, job: Job) -> None:
         for one in group
     ]
     run = Run(job.run_uri)
-    state = furthest_state(run.filesystem, posixpath.join(job.folder, job.name(config)))
+    state = furthest_state(run.filesystem, job.folder, job.name(config))
     if state is not None and state["finished"]:
         tune.report(_metrics([saved["history"] for saved in state["fittings"]], finished=True))
         return
@@ -147,11 +148,16 @@ def _metrics(histories: list[list[dict[str, Any]]], finished: bool) -> dict[str,
     return {**told, "selection": min(told["selection"], WORST), "evaluations": n, "finished": finished}
 
 
-def furthest_state(filesystem: pafs.FileSystem, folder: str) -> dict[str, Any] | None:
-    """The state of most steps among a trial's whole checkpoints, on the CPU; None where there is none."""
+def furthest_state(filesystem: pafs.FileSystem, folder: str, trial: str) -> dict[str, Any] | None:
+    """The state of most steps among a trial's whole checkpoints, on the CPU; None where there is none.
+
+    `folder` holds a folder a trial, or several: where the driver was killed before Tune's snapshot knew of
+    the trial, Tune begins it again beside the first, with a suffix.
+    """
     found: list[dict[str, Any]] = []
+    of_trial = re.compile(rf"{re.escape(posixpath.join(folder, trial))}(_[^/]+)?/")
     for info in filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True)):
-        if info.base_name != "state.pt":
+        if info.base_name != "state.pt" or not of_trial.match(info.path):
             continue
         with tempfile.TemporaryDirectory() as local:
             copy = Path(local) / "state.pt"

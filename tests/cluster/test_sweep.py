@@ -461,3 +461,17 @@ def test_a_checkpoint_that_a_newer_one_replaced_does_not_fail_its_trial(tmp_path
     gone = tune.Checkpoint.from_directory(str(tmp_path / "gone"))
     trial.restore(_TrainingResult(checkpoint=gone, metrics={"training_iteration": 3}))
     assert trial.iteration == 3
+
+
+def test_a_trial_finds_its_furthest_state_in_whatever_folder_tune_gave_it(tmp_path):
+    from pyarrow.fs import LocalFileSystem
+
+    from medsae_ray.stages.tune_backend import furthest_state
+
+    for folder, step in (("t-s1", 7), ("t-s1_d4ae", 14), ("t-s10", 99), ("other_t-s1", 98)):
+        (tmp_path / folder / "checkpoint_0").mkdir(parents=True)
+        torch.save({"step": step}, tmp_path / folder / "checkpoint_0" / "state.pt")
+    (tmp_path / "t-s1_e5bf" / "checkpoint_1").mkdir(parents=True)
+    (tmp_path / "t-s1_e5bf" / "checkpoint_1" / "state.pt").write_bytes(b"cut off")
+    assert furthest_state(LocalFileSystem(), str(tmp_path), "t-s1") == {"step": 14}
+    assert furthest_state(LocalFileSystem(), str(tmp_path), "t-s2") is None
