@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -80,10 +81,8 @@ def _sentence_of(error: BaseException) -> str | None:
 
 
 def _dispatch(command: str, rest: list[str]) -> None:
-    if command == "status":
-        _status(rest)
-    elif command == "diagnose":
-        _diagnose(rest)
+    if command in ("status", "diagnose"):
+        _describe(command, rest)
     elif command == "weights":
         _weights(rest)
     elif command == "pipeline":
@@ -193,20 +192,11 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _status(arguments: list[str]) -> None:
-    from medsae_ray.status import describe
-
+def _describe(command: str, arguments: list[str]) -> None:
+    """`status` and `diagnose`: what the module of that name tells of a run folder."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise InputError("Name one run folder: medsae status RUN.")
-    print(describe(arguments[0]))
-
-
-def _diagnose(arguments: list[str]) -> None:
-    from medsae_ray.diagnose import describe
-
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise InputError("Name one run folder: medsae diagnose RUN.")
-    print(describe(arguments[0]))
+        raise InputError(f"Name one run folder: medsae {command} RUN.")
+    print(importlib.import_module(f"medsae_ray.{command}").describe(arguments[0]))
 
 
 def _weights(arguments: list[str]) -> None:

@@ -118,6 +118,12 @@ class EmbedSettings:
         _require(self.threads >= 0, "embed.threads", self.threads, "0 or above")
 
 
+DEFAULT_L0 = 32
+"""Neurons that topk and its kin let fire on an embedding where `fit.l0` is not given."""
+BY_RANK = ("topk", "batchtopk", "matryoshka")
+"""Architectures whose neurons are chosen by rank: `l0`, not λ, says how many fire."""
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """Embeddings to a sparse autoencoder, by Ray Train. Objective and lengths default to the paper's (arXiv
@@ -222,6 +228,15 @@ class FitSettings:
         _require(self.max_failures >= -1, "fit.max_failures", self.max_failures, "-1 (for ever) or above")
         _require(self.keep_checkpoints >= 1, "fit.keep_checkpoints", self.keep_checkpoints, "at least 1")
         _require(self.checkpoint_every >= 0, "fit.checkpoint_every", self.checkpoint_every, "0 or above")
+
+    @property
+    def strength(self) -> tuple[Literal["sparsity", "l0"], float]:
+        """The setting that decides how many neurons fire, and its value."""
+        if self.architecture in BY_RANK:
+            return "l0", DEFAULT_L0 if self.l0 is None else self.l0
+        if self.architecture == "jumprelu" and self.l0 is not None:
+            return "l0", self.l0
+        return "sparsity", self.sparsity
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from medsae_ray.config import FitSettings, MeasureSettings
+from medsae_ray.config import BY_RANK, FitSettings, MeasureSettings
 from medsae_ray.controls_summary import FIGURES, NAMES
 from medsae_ray.errors import InputError
 from medsae_ray.labelling_summary import LOW_ACCURACY
@@ -33,8 +33,6 @@ STILL_FALLING = 0.005
 """Selection score (nats) gained by the last evaluation, from which training had not ended."""
 WITHOUT = {"learning_rate_warmup": 0.0, "learning_rate_decay": 0.0}
 """What training did before these settings were there: their defaults are no longer that."""
-WITH_AUXK = ("topk", "batchtopk", "matryoshka")
-"""Architectures whose neurons are chosen by rank: k, not λ, says how many fire."""
 
 TABLES = {
     "radiographs": "radiographs",
@@ -345,7 +343,7 @@ def _sparsity_signatures(figures: _Figures, settings: FitSettings, fitted: Manif
     if n_neurons := fitted.notes.get("n_neurons"):
         share = f", {figures.l0 / n_neurons:.0%} of all"
     remedy = (
-        f"lower fit.l0 (now {_l0(settings)})"
+        f"lower fit.l0 (now {settings.strength[1]})"
         if _has_l0(settings)
         else f"raise fit.sparsity (now {settings.sparsity:g})"
     )
@@ -456,29 +454,19 @@ def _shown(value: float | None) -> str:
 
 def _has_l0(settings: FitSettings) -> bool:
     """Whether `fit.l0`, not λ, decides how many neurons fire."""
-    if settings.architecture == "jumprelu":
-        return settings.l0 is not None
-    return settings.architecture in WITH_AUXK
-
-
-def _l0(settings: FitSettings) -> int:
-    if settings.l0 is not None:
-        return settings.l0
-    from medsae_ray.sae.base import DEFAULT_L0
-
-    return DEFAULT_L0
+    return settings.strength[0] == "l0"
 
 
 def _less_sparse(settings: FitSettings) -> str:
     if _has_l0(settings):
-        return f"raise fit.l0 (now {_l0(settings)})"
+        return f"raise fit.l0 (now {settings.strength[1]})"
     return f"lower fit.sparsity (now {settings.sparsity:g})"
 
 
 def _revive(settings: FitSettings) -> list[str]:
     """What is left to try for dead neurons."""
     found = []
-    if settings.architecture in WITH_AUXK:
+    if settings.architecture in BY_RANK:
         found.append(f"raise fit.auxk (now {settings.auxk:g})")
     else:
         found.append(f"raise fit.sparsity_warmup (now {settings.sparsity_warmup:g})")
@@ -509,7 +497,7 @@ def _sweep(uri: str, settings: FitSettings, fitted: Manifest | None, kinds: set[
     if "first" in kinds and settings.evaluate_every > 1:
         changed["evaluate_every"] = settings.evaluate_every // 2
     if kinds & {"dead", "dying"}:
-        if settings.architecture in WITH_AUXK and settings.auxk == 0:
+        if settings.architecture in BY_RANK and settings.auxk == 0:
             changed["auxk"] = FitSettings.auxk
         elif settings.resample_every == 0:
             changed["resample_every"] = float(max(1, round(settings.epochs / 10)))
@@ -527,7 +515,7 @@ def _sparsities(settings: FitSettings, too_sparse: bool, too_dense: bool) -> tup
     BatchTopK besides an architecture with a penalty, which cannot mend both."""
     if _has_l0(settings):
         factors = (0.25, 1, 4) if too_sparse == too_dense else (1, 2, 4) if too_sparse else (0.25, 0.5, 1)
-        l0 = sorted({max(1, round(_l0(settings) * factor)) for factor in factors})
+        l0 = sorted({max(1, round(settings.strength[1] * factor)) for factor in factors})
         return {"l0": l0}, len(l0)
     wide, around = (0.1, 1, 10), (0.3, 1, 3)
     one_way = (0.1, 0.3, 1) if too_sparse else (1, 3, 10)
@@ -584,7 +572,7 @@ def _data_fact(made: dict[str, Manifest]) -> str:
 
 
 def _sae_fact(fitted: Manifest, settings: FitSettings) -> str:
-    knob = f"l0 {_l0(settings)}" if _has_l0(settings) else f"λ {settings.sparsity:g}"
+    knob = f"l0 {settings.strength[1]}" if _has_l0(settings) else f"λ {settings.sparsity:g}"
     chosen = (fitted.notes.get("chosen") or {}).get("epoch")
     n_neurons = fitted.notes.get("n_neurons")
     return (

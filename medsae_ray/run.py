@@ -290,7 +290,7 @@ class Staging:
             "inputs": self.plan.inputs,
             "started": time.time(),
         }
-        self._write_json(STARTED, told)
+        self.write_json(STARTED, told)
 
     def delete(self, *parts: str) -> None:
         """Remove the staged folder, or one folder in it; fine where it is absent."""
@@ -317,9 +317,25 @@ class Staging:
             yield writer
 
     def write_bytes(self, content: bytes, name: str) -> None:
-        """Write one file beside the table's Parquet."""
-        with self.filesystem.open_output_stream(self.path(name)) as stream:
+        """Write one file beside the table's Parquet, in a folder of its own if `name` has one."""
+        path = self.path(name)
+        self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        with self.filesystem.open_output_stream(path) as stream:
             stream.write(content)
+
+    def write_json(self, name: str, told: Any) -> None:
+        """Write one JSON file; after a kill it is there whole or not at all."""
+        content = json.dumps(told, indent=1, default=str).encode()
+        if not self.run.is_local:
+            self.write_bytes(content, name)
+            return
+        # An object store shows a file when it is whole; a local one would show half of it after a kill.
+        self.write_bytes(content, f"{name}.new")
+        self.filesystem.move(self.path(f"{name}.new"), self.path(name))
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote; None where nothing is."""
+        return self.run._read_json(self.path(name))
 
     def commit(
         self,
@@ -331,7 +347,7 @@ class Staging:
         notes: dict[str, Any] | None = None,
     ) -> Manifest:
         """Write the manifest and move the table into place, replacing an earlier one."""
-        started = self.run._read_json(self.path(STARTED)) or {"started": time.time()}
+        started = self.read_json(STARTED) or {"started": time.time()}
         inherited = [m.stand_ins for name in self.plan.inputs if (m := self.run.manifest(name))]
         manifest = Manifest(
             stage=self.plan.stage,
@@ -349,13 +365,13 @@ class Staging:
             stand_ins=sorted({*stand_ins, *(name for names in inherited for name in names)}),
             notes=notes or {},
         )
-        self._write_json(MANIFEST, dataclasses.asdict(manifest))
+        self.write_json(MANIFEST, dataclasses.asdict(manifest))
         self._move_into_place()
         return manifest
 
     def finish_interrupted_commit(self) -> None:
         """Move a staged folder into place that had its manifest, hence was whole, when its driver died."""
-        told = self.run._read_json(self.path(MANIFEST))
+        told = self.read_json(MANIFEST)
         if told is None or told["fingerprint"] != self.plan.fingerprint:
             return
         done = self.run.manifest(self.plan.table)
@@ -410,15 +426,6 @@ class Staging:
                 told["rows"] = pq.read_metadata(self.path(name), filesystem=self.filesystem).num_rows
             described.append(told)
         return described
-
-    def _write_json(self, name: str, told: dict[str, Any]) -> None:
-        content = json.dumps(told, indent=1, default=str).encode()
-        if not self.run.is_local:
-            self.write_bytes(content, name)
-            return
-        # An object store shows a file when it is whole; a local one would show half of it after a kill.
-        self.write_bytes(content, f"{name}.new")
-        self.filesystem.move(self.path(f"{name}.new"), self.path(name))
 
 
 def table_digest(table: pa.Table) -> str:

@@ -87,7 +87,7 @@ def test_a_commit_cut_off_while_clearing_up_keeps_the_table(run):
     told = staging.commit(rows_in=2, rows_out=2)
     # What a kill in the middle of deleting the staged copy leaves: its manifest, not its files.
     run.filesystem.create_dir(staging.folder, recursive=True)
-    staging._write_json(MANIFEST, dataclasses.asdict(told))
+    staging.write_json(MANIFEST, dataclasses.asdict(told))
     assert run.begin(plan()) is None
     assert run.read("embeddings").equals(TABLE)
     assert run.manifest("embeddings") == told

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import posixpath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow.fs as pafs
 
 from medsae_ray.cluster import require_resources, start_ray
 from medsae_ray.config import FitSettings, MeasureSettings, Settings, fingerprinted
-from medsae_ray.experiments.measured import Split, as_row, measure_sae, read_splits
+from medsae_ray.experiments.measured import measure_sae
 from medsae_ray.measure import LabelPolicy
 from medsae_ray.run import Plan, Run, Staging
-from medsae_ray.sae.base import DEFAULT_L0
 from medsae_ray.sae.normaliser import Normaliser
-from medsae_ray.sae.trials import has
-from medsae_ray.stages.fit import normalise
+from medsae_ray.stages.fit import fit_plan, normalise
+from medsae_ray.stages.splits import Split, read_splits
 from medsae_ray.stages.sweep import threads_of_a_trial, trials_at_a_time
 
 Convention = Literal["unit", "dim"]
 
 FIGURES = "figures.json"
 """A measured SAE's row of the table, beside its weights."""
-
-
-def strength_of(settings: FitSettings) -> tuple[Literal["sparsity", "l0"], float]:
-    """The setting that decides how many neurons fire, and its value."""
-    if has(settings.architecture, "l0") and settings.l0 is not None:
-        return "l0", settings.l0
-    if has(settings.architecture, "sparsity"):
-        return "sparsity", settings.sparsity
-    return "l0", DEFAULT_L0
 
 
 class Embedded(NamedTuple):
@@ -51,16 +39,10 @@ class Embedded(NamedTuple):
 
 def experiment_plan(run: Run, table: str, settings: Settings, told: dict[str, Any]) -> Plan:
     """What an experiment's table would be. InputError where an input is missing or stale."""
+    policy = LabelPolicy(settings.measure.uncertain, settings.measure.blank)
     measured = dataclasses.asdict(settings.measure)
-    return Plan(
-        table,
-        table,
-        {"fit": fingerprinted(settings.fit), "measure": measured, **told},
-        {
-            "embeddings": run.require("embeddings", "embed").fingerprint,
-            "radiographs": run.require("radiographs", "radiographs").fingerprint,
-        },
-    )
+    inputs = fit_plan(run, settings.fit, policy).inputs
+    return Plan(table, table, {"fit": fingerprinted(settings.fit), "measure": measured, **told}, inputs)
 
 
 class Fits:
@@ -120,27 +102,19 @@ class Fits:
         return [row for row in found if row is not None]
 
     def _kept(self, settings: FitSettings) -> dict[str, Any] | None:
-        path = self.staging.path("saes", name_of(settings), FIGURES)
-        if self.staging.filesystem.get_file_info(path).type == pafs.FileType.NotFound:
-            return None
-        with self.staging.filesystem.open_input_stream(path) as stream:
-            return json.loads(stream.read())
+        return self.staging.read_json(posixpath.join("saes", name_of(settings), FIGURES))
 
     def _keep(self, settings: FitSettings, row: dict[str, Any], files: dict[str, bytes]) -> None:
         folder = posixpath.join("saes", name_of(settings))
-        self.staging.filesystem.create_dir(self.staging.path(folder), recursive=True)
         for name, content in files.items():
             self.staging.write_bytes(content, posixpath.join(folder, name))
-        # Last, and under its name only once it is whole: after a kill it says that nothing is missing.
-        path = self.staging.path(folder, FIGURES)
-        with self.staging.filesystem.open_output_stream(f"{path}.new") as stream:
-            stream.write(json.dumps(row, indent=1).encode())
-        self.staging.filesystem.move(f"{path}.new", path)
+        # Last: after a kill it says that nothing is missing.
+        self.staging.write_json(posixpath.join(folder, FIGURES), row)
 
 
 def name_of(settings: FitSettings) -> str:
     """A readable name of one fit among others."""
-    which, value = strength_of(settings)
+    which, value = settings.strength
     letter = "l" if which == "sparsity" else "k"
     return (
         f"{settings.architecture}-x{settings.expansion}-{letter}{value:.4g}-"
@@ -188,11 +162,8 @@ def fit_one(
         permutations=measure.floor_permutations,
         seed=measure.seed,
     )
-    which, value = strength_of(settings)
-    assert fitting.best is not None
-    judged_row = next(
-        row for row in fitting.history if row["split"] == "valid" and row["epoch"] == fitting.best.epoch
-    )
+    which, value = settings.strength
+    judged_row = fitting.best_row
     row = {
         "sae": name_of(settings),
         "architecture": settings.architecture,
@@ -202,10 +173,10 @@ def fit_one(
         "l0_setting": int(value) if which == "l0" else None,
         "learning_rate": settings.learning_rate,
         "seed": settings.seed,
-        "epoch": fitting.best.epoch,
+        "epoch": judged_row["epoch"],
         "valid_l0": judged_row["l0"],
         "valid_fve": judged_row["fve"],
-        **as_row(measured),
+        **dataclasses.asdict(measured),
         "seconds": time.monotonic() - started,
     }
     return row, files

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,37 +10,19 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from medsae_ray.measure import (
-    Activations,
+    CLAIM_AUROC,
     Bools,
     Floats,
-    LabelPolicy,
     ReconstructionState,
     chosen_neurons,
     claim,
     entropy_means,
-    labels_of,
-    measure_units,
     neurons_table,
 )
-from medsae_ray.run import Run
 from medsae_ray.sae.base import SparseAutoencoder
 from medsae_ray.sae.sparse import sparse_activations
-from medsae_ray.stages.rows import batches_of, matrix, split_rows
+from medsae_ray.stages.splits import Split, measure_splits
 from medsae_ray.statistics import entropy
-from medsae_ray.tables import RADIOGRAPHS
-
-
-class Split(NamedTuple):
-    """Embeddings of one split, in `image_id` order, with labels under the policy."""
-
-    image_ids: Any
-    """pyarrow string array [n]."""
-    x: NDArray[np.float32]
-    """Raw embeddings [n, d]."""
-    y: Floats
-    """[n, L], 0 or 1."""
-    known: Bools
-    patients: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -74,19 +55,6 @@ class Measured:
     """Of the same labels, the share whose chosen neuron has an AUROC above 0.8, whatever its interval."""
 
 
-def read_splits(run: Run, policy: LabelPolicy) -> dict[str, Split]:
-    """train, valid and test of a run's embeddings."""
-    radiographs = run.read("radiographs", RADIOGRAPHS)
-    splits = {}
-    for name in ("train", "valid", "test"):
-        rows = split_rows(run, name)
-        y, known = policy.apply(rows.labels)
-        patients = labels_of(radiographs, rows.image_ids)[1]
-        x = matrix(batches_of(run, rows.image_ids))
-        splits[name] = Split(rows.image_ids, x, y, known, patients)
-    return splits
-
-
 def measure_sae(
     sae: SparseAutoencoder,
     splits: dict[str, Split],
@@ -99,25 +67,12 @@ def measure_sae(
 ) -> Measured:
     """Measure an SAE that takes raw embeddings."""
     fired = {name: _activations(sae, split) for name, split in splits.items()}
-    units = {
-        name: measure_units(
-            fired[name],
-            splits[name].y,
-            splits[name].known,
-            splits[name].patients,
-            permutations=permutations if name == "test" else 0,
-            seed=seed,
-        )
-        for name in ("test", "valid")
-    }
-    test, z = splits["test"], fired["test"].values
-    assert isinstance(z, csr_array)
+    units = measure_splits(fired, splits, permutations=permutations, seed=seed)
+    test, z = splits["test"], fired["test"]
     rebuilt = ReconstructionState(test.x.shape[1], sae.config.n_neurons)
     W_dec, b_dec = sae.W_dec.detach().numpy(), sae.b_dec.detach().numpy()
     rebuilt.update(test.x, z @ W_dec + b_dec, z.indices)
-    train = fired["train"].values
-    assert isinstance(train, csr_array)
-    dead_train = np.bincount(train.indices, minlength=sae.config.n_neurons) == 0
+    dead_train = np.bincount(fired["train"].indices, minlength=sae.config.n_neurons) == 0
     mean = entropy_means(
         neurons_table(units["test"], units["valid"], dead_train), min_firing=min_firing
     ).living
@@ -129,7 +84,7 @@ def measure_sae(
     areas = [row["auroc"] for row in told if row["auroc"] is not None]
     enough = [row for row in told if row["enough_positives"]]
     separated = sum(row["separated"] for row in enough)
-    above = sum((row["auroc"] or 0) > 0.8 for row in enough)
+    above = sum((row["auroc"] or 0) > CLAIM_AUROC for row in enough)
     return Measured(
         fve=rebuilt.fve,
         l0=rebuilt.l0,
@@ -148,15 +103,10 @@ def measure_sae(
     )
 
 
-def as_row(measured: Measured) -> dict[str, Any]:
-    """Column → value."""
-    return asdict(measured)
-
-
-def _activations(sae: SparseAutoencoder, split: Split) -> Activations:
+def _activations(sae: SparseAutoencoder, split: Split) -> csr_array:
     firing = sparse_activations(sae, torch.tensor(split.x))
     shape = (len(split.x), sae.config.n_neurons)
-    return Activations(split.image_ids, csr_array((firing.value, firing.neuron, firing.indptr), shape=shape))
+    return csr_array((firing.value, firing.neuron, firing.indptr), shape=shape)
 
 
 def entropy_interval(

@@ -7,11 +7,11 @@ from typing import Any
 
 from medsae_ray.config import Settings
 from medsae_ray.experiments.fitted import Convention, Fits, experiment_plan
-from medsae_ray.experiments.measured import read_splits
 from medsae_ray.experiments.told import table_text, tell_again, write_experiment
 from medsae_ray.measure import Activations, LabelPolicy, entropy_means, measure_units, neurons_table
 from medsae_ray.run import Run
 from medsae_ray.stages.outcome import Outcome
+from medsae_ray.stages.splits import read_splits
 from medsae_ray.summary import PAPER
 
 CONVENTIONS: tuple[Convention, ...] = ("unit", "dim")

@@ -46,16 +46,15 @@ def write_experiment(
     figures: Mapping[str, Callable[[Any], Any]],
 ) -> Outcome:
     """Commit the table with its figures (name → function of the table) and text, and print the text."""
-    from medsae_ray.report.figures import figure_bytes
+    from medsae_ray.report.figures import figure_files
 
     name = staging.plan.table
     told = [{field.name: row.get(field.name) for field in EXPERIMENT} for row in rows]
     table = pa.Table.from_pylist(told, EXPERIMENT)
     staging.write_table(table)
     for figure, draw in figures.items():
-        drawn = draw(table)
-        for kind in ("png", "svg"):
-            staging.write_bytes(figure_bytes(drawn, kind), f"{figure}.{kind}")
+        for file, content in figure_files(draw(table), figure).items():
+            staging.write_bytes(content, file)
     staging.write_bytes((text + "\n").encode(), f"{name}.txt")
     stand_ins = run.require("embeddings", "embed").stand_ins
     manifest = staging.commit(rows_in=len(rows), rows_out=table.num_rows, notes={"text": text})

@@ -28,6 +28,7 @@ from medsae_ray.report.style import (
     TEXT_PT,
     VERMILION,
     figure_bytes,
+    figure_files,
     in_order,
     look_of,
     mean_sd,
@@ -38,7 +39,7 @@ from medsae_ray.report.style import (
 from medsae_ray.summary import PAPER
 
 __all__ = [
-    "expansion_figure", "figure_bytes", "history_figure", "matched_figure", "pareto_figure",
+    "expansion_figure", "figure_bytes", "figure_files", "history_figure", "matched_figure", "pareto_figure",
     "replicate_figure",
 ]  # fmt: skip
 

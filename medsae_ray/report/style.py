@@ -129,6 +129,11 @@ def figure_bytes(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
     return sink.getvalue()
 
 
+def figure_files(figure: Figure, name: str) -> dict[str, bytes]:
+    """The figure as PNG and SVG, by file name."""
+    return {f"{name}.{kind}": figure_bytes(figure, kind) for kind in ("png", "svg")}
+
+
 @styled
 def settle(figure: Figure) -> Figure:
     """Lay the figure out once and for all: what is placed by pixels holds from now on."""

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import nn
 
+from medsae_ray.config import DEFAULT_L0
 from medsae_ray.errors import InputError
 from medsae_ray.sae.workers import ALONE, Workers
 
@@ -26,9 +27,6 @@ norm 1; "weighted" leaves them free and penalises z · ‖W_dec row‖ (April 20
 
 Reduction = Literal["sum", "mean"]
 """Whether ‖x − x̂‖² is summed over the d dimensions (the authors' library) or averaged: λ depends on it."""
-
-DEFAULT_L0 = 32
-"""k of TopK and its kin where none is given."""
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,13 @@ class Fitting:
             weights = {name: tensor.cpu().clone() for name, tensor in self.sae.state_dict().items()}
             self.best = Best(judged["selection"], self.epoch, weights)
 
+    @property
+    def best_row(self) -> dict[str, Any]:
+        """The row of `history` of the best evaluation; there must have been one."""
+        assert self.best is not None
+        epoch = self.best.epoch
+        return next(row for row in self.history if row["split"] == "valid" and row["epoch"] == epoch)
+
     def best_sae(self) -> SparseAutoencoder:
         """The SAE as it was at the best evaluation, on the CPU; there must have been one."""
         assert self.best is not None

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from medsae_ray.config import FitSettings, SweepSettings
+from medsae_ray.config import DEFAULT_L0, FitSettings, SweepSettings
 from medsae_ray.errors import InputError
 from medsae_ray.sae.architectures import ARCHITECTURES
-from medsae_ray.sae.base import DEFAULT_L0
 
 WITHOUT_L0 = ("relu", "gated")
 SEARCHED = {

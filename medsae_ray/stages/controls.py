@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,21 +24,16 @@ from medsae_ray.controls import (
 )
 from medsae_ray.controls_summary import controls_text
 from medsae_ray.measure import (
-    Activations,
     ActivationState,
     LabelPolicy,
-    UnitMeasures,
     chosen_neurons,
-    measure_units,
     neurons_table,
 )
 from medsae_ray.run import Manifest, Plan, Run
 from medsae_ray.stages.outcome import Outcome
-from medsae_ray.stages.rows import SplitRows, batches_of, matrix, split_rows
+from medsae_ray.stages.splits import MEASURED, measure_splits, read_splits
 from medsae_ray.summary import write_summary
 from medsae_ray.tables import ACTIVATIONS
-
-MEASURED = ("test", "valid")
 
 
 def controls(run: Run, settings: Settings) -> Outcome:
@@ -97,46 +92,20 @@ def controls(run: Run, settings: Settings) -> Outcome:
     return Outcome(manifest, ran=True)
 
 
-class _Split(NamedTuple):
-    rows: SplitRows
-    y: np.ndarray
-    known: np.ndarray
-
-
 class _Splits:
-    """Labels and embeddings by split, and one way to measure any units on the two that are reported."""
+    """The splits under the label policy of `neurons`, and one way to measure any units on them."""
 
     def __init__(self, run: Run, measured: MeasureSettings) -> None:
-        self._run = run
         self._measured = measured
-        policy = LabelPolicy(measured.uncertain, measured.blank)
-        self.train = split_rows(run, "train")
-        self.of: dict[str, _Split] = {}
-        for name in MEASURED:
-            rows = split_rows(run, name)
-            self.of[name] = _Split(rows, *policy.apply(rows.labels))
-        self.n_images = len(self.train.image_ids) + sum(len(s.rows.image_ids) for s in self.of.values())
-        self.train_embeddings = self.embeddings(self.train)
-
-    def embeddings(self, rows: SplitRows) -> np.ndarray:
-        """float32 [n, d] of these images, in their order."""
-        return matrix(batches_of(self._run, rows.image_ids))
+        self.of = read_splits(run, LabelPolicy(measured.uncertain, measured.blank))
+        self.n_images = sum(len(split.image_ids) for split in self.of.values())
 
     def measure(
         self, values: dict[str, Any], *, signed: bool, dead_train: np.ndarray | None = None
     ) -> tuple[pa.Table, list[dict[str, Any]]]:
         """The `neurons` table of some units and those chosen for each label, from their values by split."""
         chosen = self._measured
-        units: dict[str, UnitMeasures] = {}
-        for name, (rows, y, known) in self.of.items():
-            units[name] = measure_units(
-                Activations(rows.image_ids, values[name]),
-                y,
-                known,
-                rows.patient_ids,
-                permutations=chosen.floor_permutations if name == "test" else 0,
-                seed=chosen.seed,
-            )
+        units = measure_splits(values, self.of, permutations=chosen.floor_permutations, seed=chosen.seed)
         test, valid = units["test"], units["valid"]
         best = chosen_neurons(test, valid, min_firing=chosen.min_firing, signed=signed)
         return neurons_table(test, valid, dead_train), best.to_pylist()
@@ -144,10 +113,10 @@ class _Splits:
 
 def _measure_bases(run: Run, plan: Plan, splits: _Splits, chosen: ControlsSettings) -> Manifest:
     """Write `embedding_controls`."""
-    train = splits.train_embeddings
+    train = splits.of["train"].x
     pca = principal_components(train)
     rank = len(pca.directions)
-    some = train[drawn(splits.train.image_ids, chosen.ica_rows, seed=chosen.seed)]
+    some = train[drawn(splits.of["train"].image_ids, chosen.ica_rows, seed=chosen.seed)]
     found = {
         name: independent_components(some, n_components, seed=chosen.seed)
         for name, n_components in (("ica", rank), ("ica_leading", leading(rank, len(some))))
@@ -157,10 +126,9 @@ def _measure_bases(run: Run, plan: Plan, splits: _Splits, chosen: ControlsSettin
         "pca": pca,
         **{name: ica.basis for name, ica in found.items()},
     }
-    x = {name: splits.embeddings(split.rows) for name, split in splits.of.items()}
     tables, best = [], {}
     for name, basis in bases.items():
-        values = {split: basis.project(of) for split, of in x.items()}
+        values = {split: basis.project(splits.of[split].x) for split in MEASURED}
         table, best[name] = splits.measure(values, signed=True)
         tables.append(controls_table(name, table))
     whole = pa.concat_tables(tables)
@@ -187,18 +155,19 @@ def _measure_sparse(
     firing = np.zeros(n_neurons, np.int64)
     for batch in run.dataset("activations", ACTIVATIONS).to_batches():
         ids = batch["image_id"]
-        train = batch.filter(pc.is_in(ids, splits.train.image_ids))
+        train = batch.filter(pc.is_in(ids, splits.of["train"].image_ids))
         firing += np.bincount(train["neuron"].flatten(), minlength=n_neurons)
         for name, state in states.items():
-            state.update(batch.filter(pc.is_in(ids, splits.of[name].rows.image_ids)))
+            state.update(batch.filter(pc.is_in(ids, splits.of[name].image_ids)))
     own = {name: state.finish() for name, state in states.items()}
     normaliser = Normaliser.from_json(run.read_bytes("sae", "normaliser.json").decode())
-    random = untrained(normaliser.apply(splits.train_embeddings), firing, seed=seed)
+    random = untrained(normaliser.apply(splits.of["train"].x), firing, seed=seed)
     values: dict[str, dict[str, Any]] = {"untrained": {}, "shuffled": {}}
-    for name, split in splits.of.items():
-        if not own[name].image_ids.equals(split.rows.image_ids):
+    for name in MEASURED:
+        split = splits.of[name]
+        if not own[name].image_ids.equals(split.image_ids):
             raise RuntimeError(f"activations and embeddings of split {name} are of different images")
-        values["untrained"][name] = random.encode(normaliser.apply(splits.embeddings(split.rows)))
+        values["untrained"][name] = random.encode(normaliser.apply(split.x))
         values["shuffled"][name] = shuffled(own[name], seed=seed).values
     tables, best = [], {}
     for name, of in values.items():
@@ -213,10 +182,9 @@ def _rows_of(table: pa.Table, control: str) -> pa.Table:
 
 def _show(run: Run) -> None:
     from medsae_ray.report.controls_figure import controls_figure
-    from medsae_ray.report.style import figure_bytes
+    from medsae_ray.report.style import figure_files
 
     summary = write_summary(run)
-    figure = controls_figure(summary)
-    for kind in ("png", "svg"):
-        run.write_bytes(figure_bytes(figure, kind), "figures", f"controls.{kind}")
+    for file, content in figure_files(controls_figure(summary), "controls").items():
+        run.write_bytes(content, "figures", file)
     print(controls_text(summary))

@@ -28,7 +28,7 @@ from medsae_ray.measure import LabelPolicy
 from medsae_ray.run import Plan, Run, Staging
 from medsae_ray.stages.events import write_events
 from medsae_ray.stages.outcome import Outcome
-from medsae_ray.stages.rows import batches_of, embeddings_of, matrix, split_rows, vectors
+from medsae_ray.stages.rows import SplitRows, batches_of, embeddings_of, matrix, split_rows, vectors
 from medsae_ray.tables import HISTORY
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ def fit(run: Run, settings: Settings) -> Outcome:
     start_ray(settings.ray)
     cpus, gpus = chosen.workers * chosen.cpus_per_worker, chosen.workers * chosen.gpus_per_worker
     require_resources("fit.workers", {"CPU": cpus, "GPU": gpus})
-    train, valid = split_rows(run, "train"), split_rows(run, "valid")
-    for name, rows in (("train", train), ("valid", valid)):
-        if not len(rows.image_ids):
-            raise InputError(f"Split {name!r} has no embedding in {run.uri}: nothing to fit on.")
+    train, valid = fitting_rows(run)
     normaliser, centre = normalise(run, train.image_ids, chosen)
     loop_config = {
         "settings": chosen,
@@ -81,29 +78,23 @@ def fit(run: Run, settings: Settings) -> Outcome:
         "tensorboard": (run.uri, staging.path("tensorboard")),
     }
     fitted = _train(run, staging, plan, loop_config, train.image_ids, valid.image_ids)
-    sae, best = fitted.best_sae(), fitted.best
-    assert best is not None
+    sae, chosen_row = fitted.best_sae(), fitted.best_row
     write_sae(staging, "", sae, normaliser, source.stand_ins)
     staging.write_table(pa.Table.from_pylist(fitted.history, HISTORY), "history/part-00000.parquet")
-    chosen_row = next(h for h in fitted.history if h["split"] == "valid" and h["epoch"] == best.epoch)
     manifest = staging.commit(
         rows_in=len(train.image_ids),
         rows_out=len(fitted.history),
-        notes={
-            "architecture": sae.architecture,
-            "chosen": chosen_row,
-            "fve_floor_reached": chosen_row["fve"] > chosen.fve_floor,
-            "n_neurons": sae.config.n_neurons,
-            "normaliser": {"convention": normaliser.convention, "k": normaliser.scale},
-        },
+        notes=fit_notes(chosen, chosen_row, normaliser),
     )
     if not manifest.notes["fve_floor_reached"]:
-        # JumpReLU has both a λ and, where it is asked for, a target.
-        by_sparsity = sae.has_sparsity and not (sae.architecture == "jumprelu" and chosen.l0)
         print(
             f"No checkpoint reached FVE {chosen.fve_floor} on validation (best kept: "
             f"{chosen_row['fve']:.3f}): train longer, or "
-            + ("lower fit.sparsity." if by_sparsity else f"raise fit.l0 (now {sae.config.k}).")
+            + (
+                "lower fit.sparsity."
+                if chosen.strength[0] == "sparsity"
+                else f"raise fit.l0 (now {sae.config.k})."
+            )
         )
     return Outcome(manifest, ran=True)
 
@@ -119,6 +110,26 @@ def fit_plan(run: Run, chosen: FitSettings, policy: LabelPolicy) -> Plan:
             "radiographs": run.require("radiographs", "radiographs").fingerprint,
         },
     )
+
+
+def fitting_rows(run: Run) -> tuple[SplitRows, SplitRows]:
+    """Rows of train and valid. InputError where a split has no embedding."""
+    found = split_rows(run, "train"), split_rows(run, "valid")
+    for name, rows in zip(("train", "valid"), found, strict=True):
+        if not len(rows.image_ids):
+            raise InputError(f"Split {name!r} has no embedding in {run.uri}: nothing to fit on.")
+    return found
+
+
+def fit_notes(chosen: FitSettings, chosen_row: dict[str, Any], normaliser: Normaliser) -> dict[str, Any]:
+    """What the manifest of `sae` says of an SAE with these settings, kept at this row of its history."""
+    return {
+        "architecture": chosen.architecture,
+        "chosen": chosen_row,
+        "fve_floor_reached": chosen_row["fve"] > chosen.fve_floor,
+        "n_neurons": chosen.expansion * normaliser.embedding_dim,
+        "normaliser": {"convention": normaliser.convention, "k": normaliser.scale},
+    }
 
 
 def normalise(run: Run, image_ids: pa.Array, chosen: FitSettings) -> tuple[Normaliser, torch.Tensor]:
@@ -327,6 +338,5 @@ def write_sae(
 
     files = export_files(sae, normaliser, {"stand_ins": stand_ins})
     files["normaliser.json"] = normaliser.to_json().encode()
-    staging.filesystem.create_dir(staging.path(folder), recursive=True)
     for name, content in files.items():
         staging.write_bytes(content, posixpath.join(folder, name))

@@ -6,11 +6,10 @@ never by a loss, which λ is part of: the smallest λ would win.
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +22,9 @@ from medsae_ray.config import FitSettings, MeasureSettings, Settings, SweepSetti
 from medsae_ray.errors import InputError, printable
 from medsae_ray.measure import LabelPolicy
 from medsae_ray.run import Manifest, Plan, Run, Staging
-from medsae_ray.stages.fit import fit_plan, normalise, write_sae
+from medsae_ray.stages.fit import fit_notes, fit_plan, fitting_rows, normalise, write_sae
 from medsae_ray.stages.outcome import Outcome
-from medsae_ray.stages.rows import batches_of, matrix, split_rows
+from medsae_ray.stages.rows import batches_of, matrix
 from medsae_ray.tables import HISTORY, SWEEP
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def _train(run: Run, settings: Settings, policy: LabelPolicy, staging: Staging) 
     n_trials = len(groups) or chosen.trials
     at_a_time = min(trials_at_a_time(chosen), n_trials)
     threads = threads_of_a_trial(chosen, at_a_time)
-    job = _with(job, threads=threads, groups=groups)
+    job = replace(job, threads=threads, groups=groups)
     n_saes = sum(map(len, groups.values())) or n_trials
     print(
         f"Sweep of {n_saes} SAEs in {n_trials} trials, {at_a_time} at a time with {threads} "
@@ -144,22 +143,13 @@ def _train(run: Run, settings: Settings, policy: LabelPolicy, staging: Staging) 
     _commit(run, settings, staging, job, normaliser, ended, rows_in=len(data["train"]))
 
 
-def _with(job: Job, **changes: Any) -> Job:
-    import dataclasses
-
-    return dataclasses.replace(job, **changes)
-
-
 def _shared(run: Run, settings: Settings, policy: LabelPolicy) -> tuple[Shared, Normaliser]:
     """What every trial reads: normalised embeddings of both splits, labels, their median."""
     import ray
 
     from medsae_ray.stages.tune_backend import Shared
 
-    train, valid = split_rows(run, "train"), split_rows(run, "valid")
-    for name, rows in (("train", train), ("valid", valid)):
-        if not len(rows.image_ids):
-            raise InputError(f"Split {name!r} has no embedding in {run.uri}: nothing to fit on.")
+    train, valid = fitting_rows(run)
     normaliser, centre = normalise(run, train.image_ids, settings.fit)
     y, known = policy.apply(valid.labels)
     data = Shared(
@@ -205,7 +195,7 @@ def threads_of_a_trial(chosen: SweepSettings, at_a_time: int) -> int:
 def _groups(settings: Settings, staging: Staging, job: Job, data: Shared) -> dict[str, list[FitSettings]]:
     """What trains in each trial of a grid or random search, by its name."""
     from medsae_ray.sae.trials import group_name, groups, trials
-    from medsae_ray.stages.tune_backend import FOLDER, GROUPS, read_staged
+    from medsae_ray.stages.tune_backend import GROUPS
 
     chosen = settings.sweep
     found = trials(settings.fit, chosen)
@@ -214,13 +204,10 @@ def _groups(settings: Settings, staging: Staging, job: Job, data: Shared) -> dic
     if chosen.search == "grid" and chosen.together == "always":
         stacked = list(stackable)
     elif chosen.search == "grid" and chosen.together == "auto" and stackable and not chosen.asha:
-        kept = read_staged(staging, GROUPS)
+        kept = staging.read_json(GROUPS)
+        stacked = _paying(chosen, stackable, len(groups(found)), job, data) if kept is None else kept
         if kept is None:
-            stacked = _paying(chosen, stackable, len(groups(found)), job, data)
-            staging.filesystem.create_dir(staging.path(FOLDER), recursive=True)
-            staging.write_bytes(json.dumps(stacked).encode(), GROUPS)
-        else:
-            stacked = json.loads(kept)
+            staging.write_json(GROUPS, stacked)
     grouped: dict[str, list[FitSettings]] = {}
     in_stack = {trial: name for name in stacked for trial in stackable[name]}
     for trial in found:
@@ -244,7 +231,7 @@ def _paying(
     if n_groups < slots and not threads_fill_up:
         # Side by side on all the machines they are done sooner.
         return []
-    job = _with(job, threads=threads_of_a_trial(chosen, min(slots, n_groups)))
+    job = replace(job, threads=threads_of_a_trial(chosen, min(slots, n_groups)))
     resources = {"CPU": chosen.cpus_per_trial, "GPU": chosen.gpus_per_trial}
     timed: dict[tuple[int, int], bool] = {}
     for group in stackable.values():
@@ -272,7 +259,7 @@ def _commit(
     rows_in: int,
 ) -> None:
     """Gather what the trials left behind, and commit it."""
-    from medsae_ray.report.figures import figure_bytes, pareto_figure
+    from medsae_ray.report.figures import figure_files, pareto_figure
     from medsae_ray.sae.training import new_sae
     from medsae_ray.stages.tune_backend import furthest_state
 
@@ -300,8 +287,8 @@ def _commit(
     table, notes = tabulate(rows)
     staging.write_table(table)
     figure = pareto_figure(table, fve_floor=settings.fit.fve_floor)
-    for kind in ("png", "svg"):
-        staging.write_bytes(figure_bytes(figure, kind), f"pareto.{kind}")
+    for file, content in figure_files(figure, "pareto").items():
+        staging.write_bytes(content, file)
     staging.commit(
         rows_in=rows_in,
         rows_out=table.num_rows,
@@ -453,13 +440,19 @@ def _promote(run: Run, settings: Settings, policy: LabelPolicy, table: pa.Table,
         )
         return
     if staging is not None:
-        _write_promoted(run, staging, name, rows, chosen, swept)
+        _write_promoted(run, staging, name, rows, chosen, fit, swept)
     print(f"The run's SAE is {name}" + (", as it was." if staging is None else "."))
     print(_next(run, settings, values))
 
 
 def _write_promoted(
-    run: Run, staging: Staging, name: str, rows: pa.Table, chosen: dict[str, Any], swept: Manifest
+    run: Run,
+    staging: Staging,
+    name: str,
+    rows: pa.Table,
+    chosen: dict[str, Any],
+    fit: FitSettings,
+    swept: Manifest,
 ) -> None:
     from medsae_ray.sae.normaliser import Normaliser
 
@@ -477,14 +470,7 @@ def _write_promoted(
     staging.commit(
         rows_in=swept.rows_in,
         rows_out=history.num_rows,
-        notes={
-            "architecture": chosen["architecture"],
-            "chosen": chosen_row,
-            "fve_floor_reached": chosen["fve"] > staging.plan.settings["fve_floor"],
-            "n_neurons": chosen["expansion"] * normaliser.embedding_dim,
-            "normaliser": {"convention": normaliser.convention, "k": normaliser.scale},
-            "from_sweep": name,
-        },
+        notes={**fit_notes(fit, chosen_row, normaliser), "from_sweep": name},
     )
 
 

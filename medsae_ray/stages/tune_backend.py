@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import pickle
 import posixpath
-import re
 import sys
 import tempfile
 import warnings
@@ -155,9 +153,11 @@ def furthest_state(filesystem: pafs.FileSystem, folder: str, trial: str) -> dict
     the trial, Tune begins it again beside the first, with a suffix.
     """
     found: list[dict[str, Any]] = []
-    of_trial = re.compile(rf"{re.escape(posixpath.join(folder, trial))}(_[^/]+)?/")
-    for info in filesystem.get_file_info(pafs.FileSelector(folder, recursive=True, allow_not_found=True)):
-        if info.base_name != "state.pt" or not of_trial.match(info.path):
+    folders = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    own = [f.path for f in folders if f.base_name == trial or f.base_name.startswith(f"{trial}_")]
+    selectors = [pafs.FileSelector(path, recursive=True, allow_not_found=True) for path in own]
+    for info in (info for selector in selectors for info in filesystem.get_file_info(selector)):
+        if info.base_name != "state.pt":
             continue
         with tempfile.TemporaryDirectory() as local:
             copy = Path(local) / "state.pt"
@@ -243,15 +243,14 @@ def run_trials(staging: Staging, data: Shared, job: Job, sweep: SweepSettings, a
     function = tune.with_parameters(train_trial, data=data, job=job)
     trainable = _named(tune.with_resources(function, resources))
     space = {"trial": tune.grid_search(list(job.groups))} if job.groups else {}
-    placed = json.dumps({**resources, "at_a_time": at_a_time}).encode()
+    placed = {**resources, "at_a_time": at_a_time}
     path = staging.path(FOLDER, TRIALS)
     # Tune restores the resources of a trial, too, which another machine may not have. What the trials have
     # done they find themselves.
-    if read_staged(staging, PLACED) == placed and tune.Tuner.can_restore(path, staging.filesystem):
+    if staging.read_json(PLACED) == placed and tune.Tuner.can_restore(path, staging.filesystem):
         tuner = tune.Tuner.restore(path, trainable, param_space=space, storage_filesystem=staging.filesystem)
     else:
-        staging.filesystem.create_dir(staging.path(FOLDER), recursive=True)
-        staging.write_bytes(placed, PLACED)
+        staging.write_json(PLACED, placed)
         tuner = tune.Tuner(
             trainable,
             param_space=space,
@@ -341,12 +340,3 @@ def _ask(asked: Any, values: dict[str, list[Any]]) -> dict[str, Any]:
         else:
             told[name] = asked.suggest_categorical(name, of)
     return {**told, "number": asked.number}
-
-
-def read_staged(staging: Staging, name: str) -> bytes | None:
-    """The content of a staged file, None where there is none."""
-    try:
-        with staging.filesystem.open_input_stream(staging.path(name)) as stream:
-            return stream.read()
-    except FileNotFoundError:
-        return None

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from scipy.sparse import csr_array
 from sklearn.metrics import roc_auc_score
 
-from medsae_ray.experiments.measured import Split, as_row, entropy_interval, measure_sae
+from medsae_ray.experiments.measured import entropy_interval, measure_sae
 from medsae_ray.measure import Activations, entropy_means, measure_units, neurons_table
 from medsae_ray.sae.base import SAEConfig
 from medsae_ray.sae.relu import ReLUSAE
+from medsae_ray.stages.splits import Split
 from medsae_ray.statistics import clustered_delong
 
 
@@ -250,7 +252,7 @@ def test_an_sae_is_measured_as_one_liners_measure_it(sae: ReLUSAE, splits: dict[
     assert measured.share_separated == pytest.approx(separated.sum() / enough.sum())
     assert measured.share_above == pytest.approx((enough & above).sum() / enough.sum())
     assert 0 < (enough & above).sum() < enough.sum() < 14, "the fixture has labels of each kind"
-    assert json.loads(json.dumps(as_row(measured))) == as_row(measured), "the experiments keep it as JSON"
+    assert json.loads(json.dumps(asdict(measured))) == asdict(measured), "the experiments keep it as JSON"
 
 
 def test_an_sae_without_a_firing_neuron_has_no_entropy(sae: ReLUSAE, splits: dict[str, Split]) -> None:
@@ -259,7 +261,7 @@ def test_an_sae_without_a_firing_neuron_has_no_entropy(sae: ReLUSAE, splits: dic
         silent.b_enc -= 100
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        row = as_row(measure_sae(silent, splits, min_firing=10, min_positives=500, permutations=2))
+        row = asdict(measure_sae(silent, splits, min_firing=10, min_positives=500, permutations=2))
     assert (row["dead"], row["dead_train"], row["l0"], row["n_living"]) == (1, 1, 0, 0)
     assert row["fve"] < 0.01
     assert (row["labels_separated"], row["n_labels"]) == (0, 0)
