@@ -23,21 +23,26 @@ def restart_dead_neurons(
 ) -> torch.Tensor:
     """Give dead neurons [r] the directions of embeddings of x [n, d], drawn by their squared loss.
 
-    x is the whole global batch, so every worker draws the same from the same `seed`. No embedding is drawn
-    twice, as neurons that start equal stay equal: where more are dead than there are embeddings with an
-    error, the rest must wait. Moments in Adam start at 0 again. Returns the neurons that started anew.
+    x is the whole global batch, so every worker draws the same from the same `seed`. Neurons that start equal
+    stay equal: once every embedding was drawn, those drawn again are moved part of the way towards another
+    (ours, for batches of fewer embeddings than neurons are dead). Moments in Adam start at 0 again. Returns
+    the neurons that started anew: all, or none where no embedding has a loss.
     """
     living = torch.ones(sae.config.n_neurons, dtype=torch.bool, device=x.device)
     living[dead] = False
     if not len(dead) or not living.any():
         return dead[:0]
     losses = (sae(x) - x).square().sum(1).double().square().cpu().numpy()
-    n = min(len(dead), int(np.count_nonzero(losses)))
     if not losses.sum() > 0:
         return dead[:0]
-    drawn = np.random.default_rng(seed).choice(len(x), n, replace=False, p=losses / losses.sum())
-    dead = dead[:n]
-    directions = x[torch.from_numpy(drawn).to(x.device)] - sae.b_dec
+    generator, p = np.random.default_rng(seed), losses / losses.sum()
+    first = generator.choice(len(x), min(len(dead), int(np.count_nonzero(p))), replace=False, p=p)
+    again = generator.choice(len(x), len(dead) - len(first), p=p)
+    drawn = np.concatenate([first, again])
+    towards = (drawn + generator.integers(1, max(2, len(x)), len(dead))) % len(x)
+    turned = np.concatenate([np.zeros(len(first)), generator.uniform(0, 0.5, len(again))])
+    rows, others, share = (torch.from_numpy(array).to(x.device) for array in (drawn, towards, turned))
+    directions = torch.lerp(x[rows], x[others], share[:, None].to(x.dtype)) - sae.b_dec
     directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True).clamp(min=1e-30)
     norm = torch.linalg.vector_norm(sae.W_enc[:, living], dim=0).mean()
     sae.restart_neurons(dead, directions, ENCODER_SHARE * float(norm))

@@ -203,7 +203,11 @@ def test_no_two_neurons_start_equal():
     x = batch(3)
     dead = torch.arange(10)
     anew = restart_dead_neurons(train.sae, train.optimiser, dead, x, (0, 0))
-    # Three embeddings give three directions; the other neurons wait.
-    assert anew.tolist() == [0, 1, 2]
+    assert torch.equal(anew, dead)
     rows = train.sae.W_dec[anew].detach()
-    assert (rows @ rows.T - torch.eye(3)).abs().max() < 0.999
+    assert (rows @ rows.T - torch.eye(10)).max() < 0.99999
+    # Each embedding as it is once, and seven in between.
+    directions = x - train.sae.b_dec.detach()
+    cosine = rows @ (directions / directions.norm(dim=1, keepdim=True)).T
+    exact = cosine.max(1).values > 1 - 1e-6
+    assert exact.sum() == len(set(cosine[exact].argmax(1).tolist())) == 3
