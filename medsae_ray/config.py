@@ -601,6 +601,65 @@ class DetectSettings:
 
 
 @dataclass(frozen=True)
+class AtlasSettings:
+    """What a neuron's card shows beside its measures: radiographs, neighbours, acquisition."""
+
+    top_images: int = 10
+    """Radiographs of highest activation, one a patient (validation split); a candidate shows its naming
+    panel."""
+    range_images: int = 10
+    """Radiographs spread over the activation range, one a patient (test split); a candidate shows its
+    detection panel."""
+    nearest: int = 8
+    """Neurons of nearest decoder direction (cosine)."""
+    perplexity: float = 30.0
+    """Of the t-SNE that lays the decoder directions out on a plane."""
+    seed: int = 0
+    """Seed of the draws and of the t-SNE."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_images", "range_images", "nearest"):
+            value = getattr(self, name)
+            _require(value >= 1, f"atlas.{name}", value, "at least 1")
+        _require(self.perplexity > 0, "atlas.perplexity", self.perplexity, "above 0")
+
+
+@dataclass(frozen=True)
+class LocaliseSettings:
+    """Where in a radiograph a neuron fires, and whether that is where the finding lies. The encoder and its
+    resources are those of `embed`."""
+
+    others: int = 20
+    """Other neurons whose maps of the same radiograph tell what position alone would hit."""
+    seed: int = 0
+    """Seed of their draw."""
+
+    def __post_init__(self) -> None:
+        _require(self.others >= 1, "localise.others", self.others, "at least 1")
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """The neuron atlas: a folder of pages that opens from disk."""
+
+    images: Literal["none", "thumbnails", "full"] = "thumbnails"
+    """Radiographs in the pages: none, small ones, or up to `full_side` pixels. They leave the run with the
+    folder: many data sets' licences forbid to pass them on."""
+    thumbnail_side: int = 160
+    """Side of a thumbnail, in pixels."""
+    full_side: int = 1024
+    """Longest side of a full radiograph, in pixels."""
+    threads: int = resource(0)
+    """Threads that read and shrink radiographs (0: one a core)."""
+
+    def __post_init__(self) -> None:
+        for name in ("thumbnail_side", "full_side"):
+            value = getattr(self, name)
+            _require(32 <= value <= 4096, f"report.{name}", value, "in [32, 4096]")
+        _require(self.threads >= 0, "report.threads", self.threads, "0 or above")
+
+
+@dataclass(frozen=True)
 class RaySettings:
     """The Ray that the stages run on. In a submitted job Ray is there already and only `progress` counts."""
 
@@ -643,6 +702,9 @@ class Settings:
     medgemma: MedgemmaSettings = MedgemmaSettings()
     name: NameSettings = NameSettings()
     detect: DetectSettings = DetectSettings()
+    atlas: AtlasSettings = AtlasSettings()
+    localise: LocaliseSettings = LocaliseSettings()
+    report: ReportSettings = ReportSettings()
     ray: RaySettings = RaySettings()
 
     def __post_init__(self) -> None:

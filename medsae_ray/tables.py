@@ -31,14 +31,15 @@ TRUTH = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("finding", pa.string(), nullable=False),
-        pa.field("severity", pa.float32(), nullable=False),
+        pa.field("severity", pa.float32()),
         pa.field("x0", pa.float32(), nullable=False),
         pa.field("y0", pa.float32(), nullable=False),
         pa.field("x1", pa.float32(), nullable=False),
         pa.field("y1", pa.float32(), nullable=False),
     ]
 )
-"""A row is a planted sign of a phantom. Box in pixels of the stored image, severity in (0, 1]."""
+"""A row is a planted sign of a phantom (severity in (0, 1]), or a reader's box (severity null). The box is in
+pixels of the image as the data set tells it: phantoms as stored, NIH at 1024 px whatever is stored."""
 
 QUARANTINE = pa.schema(
     [
@@ -245,6 +246,121 @@ PANELS = pa.schema(
 """A row is an image of a candidate neuron's panel, by neuron, role (name, name_contrast, detect_positive,
 detect_negative), falling value and image_id. `quantile` in (0, 1] is the share of the neuron's firing images
 of the split with a value not above this one; 0 where it is silent."""
+
+GALLERY = pa.schema(
+    [
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("value", pa.float32(), nullable=False),
+        pa.field("quantile", pa.float32(), nullable=False),
+    ]
+)
+"""A row is a radiograph on a living neuron's card, by neuron, role (top: validation split; range, silent:
+test split), falling value and image_id. For a candidate these are the roles name, detect_positive and
+detect_negative of `panels`; other neurons have no silent ones. `quantile` as in `panels`."""
+
+ACQUISITION = ("AP", "lateral", "male", "age", "site")
+"""How a radiograph was made and of whom: AP against PA, lateral against frontal, sex M against F, age in
+years, and the site, one against all others, that correlates most (on validation)."""
+
+ATLAS = pa.schema(
+    [
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("x", pa.float32()),
+        pa.field("y", pa.float32()),
+        pa.field("leaf", pa.int32()),
+        pa.field("nearest", pa.list_(pa.int32()), nullable=False),
+        pa.field("cosine", pa.list_(pa.float32()), nullable=False),
+        pa.field("bins", pa.list_(pa.int64()), nullable=False),
+    ]
+    + [pa.field(f"{prefix}r_{name}", pa.float64()) for name in ACQUISITION for prefix in ("", "valid_")]
+    + [
+        pa.field("site", pa.string()),
+        pa.field("shortcuts", pa.list_(pa.string()), nullable=False),
+    ]
+)
+"""A row is a neuron. `x`, `y`: its decoder direction on the plane of a t-SNE; `leaf`: its place in the
+hierarchical clustering of the neurons by their r with the labels (both null for dead neurons, `leaf` also
+where an r is undefined); `nearest`: neurons of highest decoder `cosine`, falling; `bins`: its firing test
+images in 20 equal parts of (0, max]. `r_<acquisition>` on test, `valid_r_…` on validation. `shortcuts` names
+what it follows beyond |r| 0.2, with one sign, on both splits: of ACQUISITION, and devices (Support Devices)
+where another label is its best."""
+
+BOXES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("finding", pa.string(), nullable=False),
+        pa.field("x0", pa.float32(), nullable=False),
+        pa.field("y0", pa.float32(), nullable=False),
+        pa.field("x1", pa.float32(), nullable=False),
+        pa.field("y1", pa.float32(), nullable=False),
+    ]
+)
+"""A row is a box of `truth` on a test image, in shares of the square that the encoder sees, in [0, 1]."""
+
+POINTING = pa.schema(
+    [
+        pa.field("finding", pa.string(), nullable=False),
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("hit", pa.bool_(), nullable=False),
+        pa.field("iou", pa.float64(), nullable=False),
+        pa.field("box_share", pa.float64(), nullable=False),
+        pa.field("others", pa.list_(pa.int32()), nullable=False),
+        pa.field("other_hits", pa.float64()),
+        pa.field("other_iou", pa.float64()),
+    ]
+)
+"""A row is a finding and a test image that has a box of it and on which the finding's neuron (chosen on
+validation) fires. `hit`: the highest point of the neuron's map lies in a box; `iou` of the part of the map
+above half its maximum with the boxes; `box_share` of the square; `others`: neurons that fire on the image and
+stand for other labels, and the means of their hits (in [0, 1]) and IoU (null where there are none)."""
+
+LOCALISATION = pa.schema(
+    [
+        pa.field("finding", pa.string(), nullable=False),
+        pa.field("neuron", pa.int32()),
+        pa.field("n_boxed", pa.int64(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("n_patients", pa.int64(), nullable=False),
+    ]
+    + [
+        pa.field(name, pa.float64())
+        for name in (
+            "hit_rate",
+            "hit_rate_low",
+            "hit_rate_high",
+            "box_share",
+            "other_hit_rate",
+            "iou",
+            "iou_low",
+            "iou_high",
+            "other_iou",
+        )
+    ]
+    + [pa.field("above_chance", pa.bool_())]
+)
+"""A row is a finding: means over its `n` rows of `pointing` (of `n_boxed` test images with a box), intervals
+95 % over patients. A point drawn at random hits at `box_share`, which is also the IoU of the whole image.
+`above_chance`: the hit rate's lower bound lies above both `box_share` and `other_hit_rate`; null without
+rows."""
+
+
+def maps_schema(positions: int) -> pa.Schema:
+    """A row is a neuron and an image: where the neuron fires (see localise.py).
+
+    `map` [positions] row-major; the values sum to `pre_activation` − `constant`.
+    """
+    return pa.schema(
+        [
+            pa.field("neuron", pa.int32(), nullable=False),
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("map", pa.list_(pa.float32(), positions), nullable=False),
+            pa.field("constant", pa.float32(), nullable=False),
+            pa.field("pre_activation", pa.float32(), nullable=False),
+        ]
+    )
 
 
 def positions_schema(embedding_dim: int) -> pa.Schema:
