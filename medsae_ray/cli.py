@@ -27,6 +27,8 @@ HELP = {
     "measure": "activations and labels to the neuron table and the summary",
     "controls": "the neurons' figures beside those of units that no SAE has learned",
     "panels": "activations to the radiographs that stand for each neuron",
+    "atlas": "what a neuron's card shows: radiographs, neighbours, acquisition, the map of neurons",
+    "localise": "where in a radiograph a neuron fires, and whether the finding lies there",
     "name": "panels to a concept and a description a neuron, by a vision-language model",
     "detect": "names put to the test on radiographs of other patients, and the statistics of it",
     "replicate": "the paper's settings under both conventions of normalisation, beside its figures",

@@ -685,9 +685,19 @@ class Settings:
     overwrite: bool = False
     """Make a stage's output again where other settings or inputs made it (what is up to date stays)."""
     until: Literal[
-        "radiographs", "embed", "fit", "encode", "measure", "controls", "panels", "name", "detect"
+        "radiographs",
+        "embed",
+        "fit",
+        "encode",
+        "measure",
+        "controls",
+        "panels",
+        "atlas",
+        "localise",
+        "name",
+        "detect",
     ] = "detect"
-    """Last stage of `pipeline`; `measure` needs no vision-language model."""
+    """Last stage of `pipeline`; up to `localise` none needs a vision-language model."""
     dry_run: bool = False
     """`name` and `detect` only print the prompts, images and tokens that they would send."""
     radiographs: RadiographsSettings = RadiographsSettings()
@@ -704,7 +714,6 @@ class Settings:
     detect: DetectSettings = DetectSettings()
     atlas: AtlasSettings = AtlasSettings()
     localise: LocaliseSettings = LocaliseSettings()
-    report: ReportSettings = ReportSettings()
     ray: RaySettings = RaySettings()
 
     def __post_init__(self) -> None:

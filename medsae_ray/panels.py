@@ -129,6 +129,33 @@ def build_panels(
     return Panels(_table(parts, naming, detection), candidates, dict(left_out))
 
 
+def firing_rows(
+    valid: Activations,
+    test: Activations,
+    radiographs: pa.Table,
+    neurons: Iterable[int],
+    *,
+    n_top: int,
+    n_range: int,
+    seed: int,
+) -> pa.Table:
+    """Firing images of any neurons, candidates or not, in the columns and order of `panels`.
+
+    Role name: the `n_top` highest of `valid`; detect_positive: `n_range` spread over the firing range of
+    `test`, drawn as a candidate's are. One image a patient, and fewer where fewer patients fire.
+    """
+    naming, detection = _FiringImages(valid, radiographs), _FiringImages(test, radiographs)
+    parts: list[_Part] = []
+    for neuron in neurons:
+        firing = naming.firing(neuron)
+        parts.append(_firing_part(neuron, _NAME, firing, _highest(firing, n_top)))
+        firing = detection.firing(neuron)
+        everywhere = np.arange(len(firing.rows))
+        chosen = _spread(everywhere, min(n_range, len(everywhere)), neuron, seed)
+        parts.append(_firing_part(neuron, _POSITIVE, firing, chosen))
+    return _table(parts, naming, detection)
+
+
 def check_panels(panels: pa.Table, radiographs: pa.Table) -> None:
     """Assert of a written `panels` table what detection rests on.
 
@@ -223,24 +250,42 @@ class _Part(NamedTuple):
     quantiles: NDArray[np.float32]
 
 
-class _Split:
-    """The images of one split, in `image_id` order, and who fires on them."""
+class _FiringImages:
+    """The images of one split, in `image_id` order, and where neurons fire on them."""
+
+    def __init__(self, activations: Activations, radiographs: pa.Table) -> None:
+        self.image_ids = activations.image_ids
+        self._found = pc.index_in(self.image_ids, value_set=radiographs["image_id"])
+        patients = radiographs["patient_id"].take(self._found).to_numpy()
+        _, self.patient = np.unique(patients, return_inverse=True)
+        self._values = csc_array(activations.values)
+        self._values.sort_indices()
+
+    def _column(self, neuron: int) -> slice:
+        return slice(self._values.indptr[neuron], self._values.indptr[neuron + 1])
+
+    def firing(self, neuron: int) -> _Firing:
+        """Where this neuron fires."""
+        rows, values = self._values.indices[self._column(neuron)], self._values.data[self._column(neuron)]
+        order = np.argsort(-values, kind="stable")
+        best = order[_first_of_each(self.patient[rows[order]])]
+        return _Firing(np.sort(values), rows[best].astype(np.int64), values[best])
+
+
+class _Split(_FiringImages):
+    """Besides, where neurons are silent, and the draws of silent images."""
 
     def __init__(
         self, activations: Activations, radiographs: pa.Table, settings: PanelsSettings, matched: bool = False
     ) -> None:
-        found = radiographs.take(pc.index_in(activations.image_ids, value_set=radiographs["image_id"]))
-        self.image_ids = activations.image_ids
-        _, self.patient = np.unique(found["patient_id"].to_numpy(), return_inverse=True)
+        super().__init__(activations, radiographs)
         self.cell = np.zeros(len(self.patient), np.int64)
         """Acquisition (view and sex) of each image: silent images replace one another within it."""
         if matched:
-            view, sex = (pc.fill_null(found[name], "") for name in ("view", "sex"))
+            view, sex = (pc.fill_null(radiographs[name].take(self._found), "") for name in ("view", "sex"))
             _, self.cell = np.unique(
                 pc.binary_join_element_wise(view, sex, "|").to_numpy(), return_inverse=True
             )
-        self._values = csc_array(activations.values)
-        self._values.sort_indices()
 
         n, n_of_patient = len(self.patient), np.bincount(self.patient)
         of_patient = csr_array((np.ones(n, np.int32), (self.patient, np.arange(n))), (len(n_of_patient), n))
@@ -262,16 +307,6 @@ class _Split:
         order = draws.permutation(n)
         one_each = order[_first_of_each(self.patient[order])]
         self._pool = draws.permutation(one_each)[: settings.negative_pool]
-
-    def _column(self, neuron: int) -> slice:
-        return slice(self._values.indptr[neuron], self._values.indptr[neuron + 1])
-
-    def firing(self, neuron: int) -> _Firing:
-        """Where this neuron fires."""
-        rows, values = self._values.indices[self._column(neuron)], self._values.data[self._column(neuron)]
-        order = np.argsort(-values, kind="stable")
-        best = order[_first_of_each(self.patient[rows[order]])]
-        return _Firing(np.sort(values), rows[best].astype(np.int64), values[best])
 
     def never_silent(self, neuron: int) -> Ints:
         """The patients on all of whose images this neuron fires."""
@@ -318,16 +353,28 @@ def _first_of_each(keys: NDArray[Any]) -> Ints:
     return np.sort(np.unique(keys, return_index=True)[1])
 
 
+def _highest(firing: _Firing, n: int) -> Ints:
+    """Positions in `firing.rows` of the n of highest value, fewer where there are no more."""
+    return np.arange(min(n, len(firing.rows)))
+
+
+def _spread(positions: Ints, n: int, neuron: int, seed: int) -> Ints:
+    """n of these positions, one drawn from each of n strata of equal size."""
+    bounds = np.arange(n + 1) * len(positions) // max(n, 1)
+    draws = np.random.default_rng((seed, neuron, _POSITIVE))
+    return positions[draws.integers(bounds[:-1], bounds[1:])]
+
+
 def _naming(split: _Split, neuron: int, settings: PanelsSettings) -> list[_Part]:
     firing = split.firing(neuron)
     n = settings.name_images
     if settings.name_from == "top":
-        chosen = np.arange(len(firing.rows))[:n]
+        chosen = _highest(firing, n)
     else:
         rest = np.arange(len(firing.rows))[n - n // 2 :]
         distance = np.abs(firing.values - np.median(firing.values.astype(np.float64)))[rest]
         middle = rest[np.lexsort((firing.rows[rest], distance))][: n // 2]
-        chosen = np.concatenate([np.arange(len(firing.rows))[: n - n // 2], middle])
+        chosen = np.concatenate([_highest(firing, n - n // 2), middle])
     parts = [_firing_part(neuron, _NAME, firing, chosen)]
     if settings.contrast_images:
         cells = np.zeros(settings.contrast_images, np.int64)
@@ -345,9 +392,7 @@ def _detection(split: _Split, neuron: int, settings: PanelsSettings) -> list[_Pa
         # Where few patients are silent, those who can be must not be spent on the firing side.
         never_silent = usable[np.isin(split.patient[firing.rows], split.never_silent(neuron))]
         usable = never_silent if len(never_silent) >= n else usable
-    bounds = np.arange(n + 1) * len(usable) // n
-    draws = np.random.default_rng((settings.seed, neuron, _POSITIVE))
-    chosen = usable[draws.integers(bounds[:-1], bounds[1:])]
+    chosen = _spread(usable, n, neuron, settings.seed)
     positives = firing.rows[chosen]
     draws = np.random.default_rng((settings.seed, neuron, _NEGATIVE))
     silent = split.draw_silent(neuron, positives, split.cell[positives], draws)
@@ -372,7 +417,7 @@ def _silent_part(neuron: int, role: int, rows: Ints) -> _Part:
     return _Part(neuron, role, rows, zeros, zeros)
 
 
-def _table(parts: list[_Part], naming: _Split, detection: _Split) -> pa.Table:
+def _table(parts: list[_Part], naming: _FiringImages, detection: _FiringImages) -> pa.Table:
     """Rows by neuron, role (in the order of `ROLES`), falling value and image_id."""
     sizes = [len(part.rows) for part in parts]
     neuron = np.repeat([part.neuron for part in parts], sizes)

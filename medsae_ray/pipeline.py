@@ -11,7 +11,19 @@ from medsae_ray.errors import InputError
 from medsae_ray.run import Run
 from medsae_ray.stages.outcome import Outcome
 
-STAGES = ("radiographs", "embed", "fit", "encode", "measure", "controls", "panels", "name", "detect")
+STAGES = (
+    "radiographs",
+    "embed",
+    "fit",
+    "encode",
+    "measure",
+    "controls",
+    "panels",
+    "atlas",
+    "localise",
+    "name",
+    "detect",
+)
 EXPERIMENTS = ("replicate", "expansion", "architectures")
 """The paper's experiments, on a run's embeddings."""
 ASKING = ("name", "detect")
@@ -65,7 +77,7 @@ def _refuse_model(settings: Settings) -> None:
         identify(settings.medgemma, shown)
         refuse_backend(settings.medgemma)
     except InputError as error:
-        raise InputError(f"{error} (Or end the pipeline before it is asked, with --until measure.)") from None
+        raise InputError(f"{error} (Or end the pipeline before it, with --until localise.)") from None
 
 
 def _module(stage: str) -> Any:

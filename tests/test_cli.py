@@ -182,7 +182,7 @@ def test_a_pipeline_asks_for_its_model_before_anything_else(tmp_path, capsys):
         capsys, "pipeline", "--run", str(tmp_path / "run"), "--medgemma.model", str(tmp_path / "no")
     )
     assert "does not exist" in told
-    assert "--until measure" in told
+    assert "--until localise" in told
     assert not (tmp_path / "run").exists()
 
 

@@ -137,14 +137,28 @@ class PooledEncoder(nn.Module, Encoder):
         x = x.float().div_(255).sub_(self.mean).div_(self.std)
         return x.unsqueeze(1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
-    def embed(self, pixels: np.ndarray, share_mask: np.ndarray | None = None) -> Embedded:
+    def _features(self, pixels: np.ndarray) -> Tensor:
+        """uint8 [B, S, S] -> feature map, float32 [B, C, P]."""
         x = self.normalise(pixels)
         parts = x.split(self.cpu_batch) if self._device.type == "cpu" else (x,)
         half = self._precision == "bfloat16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
             f = torch.cat([self.feature_map(part) for part in parts])
-        f = f.float().flatten(2)
+        return f.float().flatten(2)
+
+    @torch.inference_mode()
+    def shares(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [B, S, S] -> c, float32 [B, P, d]: W f_ij / (P ‖e‖), position (i, j)'s part of the embedding.
+
+        Over the P positions (row-major) they sum to the embedding; not finite where that is not.
+        """
+        f = self._features(pixels)
+        c = self.projection(f.transpose(1, 2)) / f.shape[2]
+        return (c / c.sum(1).norm(dim=1)[:, None, None]).cpu().numpy()
+
+    @torch.inference_mode()
+    def embed(self, pixels: np.ndarray, share_mask: np.ndarray | None = None) -> Embedded:
+        f = self._features(pixels)
         e = self.projection(f.mean(2))
         norm = e.norm(dim=1)
         embedding = (e / norm[:, None]).cpu().numpy()

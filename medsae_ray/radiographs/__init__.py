@@ -6,9 +6,9 @@ from medsae_ray.errors import InputError
 from medsae_ray.radiographs.chexpert import read_chexpert
 from medsae_ray.radiographs.folder import read_folder
 from medsae_ray.radiographs.nih import read_nih
-from medsae_ray.radiographs.schema import Radiographs
+from medsae_ray.radiographs.schema import Boxes, Radiographs
 
-__all__ = ["DATASETS", "Radiographs", "read_radiographs"]
+__all__ = ["DATASETS", "Boxes", "Radiographs", "read_radiographs"]
 
 DATASETS = ("chexpert", "nih", "folder", "phantom")
 

@@ -5,6 +5,8 @@ Wang et al., CVPR 2017, arXiv:1705.02315. Labels were mined from the reports and
 
 from __future__ import annotations
 
+import csv
+import math
 import re
 
 import numpy as np
@@ -14,7 +16,17 @@ import pyarrow.compute as pc
 from medsae_ray.errors import InputError
 from medsae_ray.labels import LABELS
 from medsae_ray.radiographs.files import Folder, join
-from medsae_ray.radiographs.schema import Radiographs, Rows, age, assemble, sex, split_by_patient
+from medsae_ray.radiographs.schema import (
+    Boxes,
+    Radiographs,
+    Rows,
+    age,
+    assemble,
+    image_id,
+    sex,
+    split_by_patient,
+)
+from medsae_ray.tables import TRUTH
 
 FINDINGS: dict[str, str | None] = {
     "No Finding": "No Finding",
@@ -38,6 +50,11 @@ Pleural_Thickening are approximate: the label is the wider term."""
 
 EXPRESSIBLE = tuple(name for name in LABELS if name in FINDINGS.values())
 """The labels NIH can give; the others (Enlarged Cardiomediastinum, Fracture, Support Devices) are null."""
+
+BOX_FILE = "BBox_List_2017.csv"
+FRAME = (1024, 1024)
+"""Width and height, in pixels, of every original: boxes are told in them."""
+_BOXED = FINDINGS | {"Infiltrate": FINDINGS["Infiltration"]}
 
 _FOLDERS = re.compile(r"images(_\d{3})?")
 # Data_Entry_2017.csv has 16 ages above 100 (to 414), typing errors: the corrected table ends at 95.
@@ -67,6 +84,8 @@ def read_nih(
     Columns. `sex` F or M. `age` in years, null above 100 (typing errors). `view` AP or PA. `study_id` is
     patient and `Follow-up #`, which is not the file name's number. `site` is null. The id's path is the
     `Image Index`, whatever the layout.
+
+    Boxes. `BBox_List_2017.csv`, where it lies in `root`: see `read_boxes`.
 
     Refused, with the reason: a name of another form or of another patient than its row; a finding NIH does
     not have, none at all, or one beside No Finding; a value outside its column's domain; an image in
@@ -104,7 +123,47 @@ def read_nih(
     findings = rows.convert(csv.require("Finding Labels"), _labels, pa.list_(pa.float32(), len(EXPRESSIBLE)))
     columns |= {name: pc.list_element(findings, i) for i, name in enumerate(EXPRESSIBLE)}
     uris = [folder.uri(_locate(stored, name)) for name in names.to_pylist()]
-    return assemble([rows.finish(names, uris, columns)])
+    return assemble([rows.finish(names, uris, columns)])._replace(boxes=read_boxes(folder))
+
+
+def read_boxes(folder: Folder) -> Boxes | None:
+    """The boxes that radiologists drew (984 on 880 images, eight findings), at `FRAME`; None without file.
+
+    Raises InputError naming the first row that is no box of a finding: with a damaged list every figure
+    would rest on fewer boxes than it says.
+    """
+    found = folder.find("", BOX_FILE)
+    if found is None:
+        return None
+    rows = []
+    # The header has nine names ("Bbox [x,y,w,h],,,") for the six fields of a row.
+    for number, cells in enumerate(csv.reader(folder.read_lines(found)[1:]), start=2):
+        try:
+            rows.append(_box(cells))
+        except ValueError as error:
+            raise InputError(
+                f"{folder.uri(found)}: row {number} {error}; mend it, or take the file away to have none."
+            ) from None
+    table = pa.Table.from_pylist(rows, TRUTH)
+    return Boxes(table.sort_by([(name, "ascending") for name in TRUTH.names]), FRAME)
+
+
+def _box(cells: list[str]) -> dict[str, str | float]:
+    name, finding, *numbers = (cell.strip() for cell in cells)
+    if len(numbers) < 4 or any(numbers[4:]):
+        raise ValueError("has not the six fields image, finding, x, y, w, h")
+    label = _BOXED.get(finding)
+    if label is None:
+        raise ValueError("names a finding that no label stands for")
+    try:
+        x, y, w, h = map(float, numbers[:4])
+    except ValueError:
+        raise ValueError("has a coordinate that is no number") from None
+    # NaN fails every comparison.
+    if not (0 <= x < FRAME[0] and 0 <= y < FRAME[1] and 0 < w < math.inf and 0 < h < math.inf):
+        raise ValueError("has a box that is empty or begins outside the image")
+    corners = {"x0": x, "y0": y, "x1": x + w, "y1": y + h}
+    return {"image_id": image_id("nih", name), "finding": label, **corners}
 
 
 def _view(text: str) -> str:

@@ -19,14 +19,25 @@ STAGE = "radiographs"
 LABEL_DOMAIN = (1.0, 0.0, -1.0)
 
 
+class Boxes(NamedTuple):
+    """Where readers saw the findings of some radiographs."""
+
+    table: pa.Table
+    """In `tables.TRUTH`, without severity, sorted by all columns; of images that may have no row."""
+    frame: tuple[int, int]
+    """Width and height, in pixels, of the image in which the boxes are told, whatever is stored."""
+
+
 class Radiographs(NamedTuple):
-    """What a reader makes of a data set: every row of its tables is in exactly one of the two."""
+    """What a reader makes of a data set: every row of its tables is in `table` or in `refused`, once."""
 
     table: pa.Table
     """The usable rows, in `tables.RADIOGRAPHS`, sorted by image_id."""
     refused: pa.Table
     """The others, in `tables.QUARANTINE` (stage "radiographs"), sorted by image_id. `uri` is the image's,
     or, where the row names none, the table's with `#row=N` (the header is row 1)."""
+    boxes: Boxes | None = None
+    """None where the data set has none, or not their file."""
 
 
 def image_id(dataset: str, relative_path: str) -> str:

@@ -10,7 +10,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ from medsae_ray.stages.outcome import Outcome
 from medsae_ray.stages.radiographs import write_quarantine
 from medsae_ray.stages.resumable import write_resumable
 from medsae_ray.tables import QUARANTINE, embeddings_schema, positions_schema
+
+if TYPE_CHECKING:
+    import ray.data
 
 
 def embed(run: Run, settings: Settings) -> Outcome:
@@ -48,37 +51,13 @@ def embed(run: Run, settings: Settings) -> Outcome:
     if staging is None:
         return Outcome(run.require("embeddings", "embed"), ran=False)
 
-    start_ray(settings.ray)
-    # One more for the tasks that read, download and write.
-    cpus = chosen.encoders_min * chosen.cpus_per_encoder + 1
-    require_resources(
-        "embed.encoders_min", {"CPU": cpus, "GPU": chosen.encoders_min * chosen.gpus_per_encoder}
-    )
+    start_encoders(settings)
     import ray
-    from ray.data.expressions import download
 
     rows = ray.data.read_parquet(
         run.files("radiographs"), filesystem=run.filesystem, columns=["image_id", "uri", "split"]
     )
-    embedded = (
-        rows.repartition(target_num_rows_per_block=chosen.block_rows)
-        .with_column("bytes", download("uri"))
-        .map_batches(
-            functools.partial(decode_batch, encoder=chosen.encoder, max_pixels=chosen.max_pixels),
-            batch_size=chosen.block_rows,
-            batch_format="pyarrow",
-        )
-        .map_batches(
-            EncodeBatch,
-            batch_size=chosen.block_rows,
-            batch_format="pyarrow",
-            fn_constructor_kwargs={"settings": chosen},
-            compute=ray.data.ActorPoolStrategy(min_size=chosen.encoders_min, max_size=chosen.encoders_max),
-            num_cpus=chosen.cpus_per_encoder,
-            num_gpus=chosen.gpus_per_encoder,
-        )
-    )
-    write_resumable(embedded, staging, id_column="image_id")
+    write_resumable(through_encoders(rows, EncodeBatch, chosen), staging, id_column="image_id")
     split = _split_rows(staging, encoder.embedding_dim, rows_in=source.rows_out)
     quarantined = split.quarantine.num_rows
     if quarantined > chosen.max_bad_share * source.rows_out:
@@ -111,8 +90,50 @@ def embed(run: Run, settings: Settings) -> Outcome:
     return Outcome(manifest, ran=True)
 
 
+def start_encoders(settings: Settings) -> None:
+    """Start Ray; raises InputError where the pool of encoders has no place in it."""
+    start_ray(settings.ray)
+    chosen = settings.embed
+    # One more for the tasks that read, download and write.
+    cpus = chosen.encoders_min * chosen.cpus_per_encoder + 1
+    require_resources(
+        "embed.encoders_min", {"CPU": cpus, "GPU": chosen.encoders_min * chosen.gpus_per_encoder}
+    )
+
+
+def through_encoders(
+    rows: ray.data.Dataset, actor: type, chosen: EmbedSettings, **arguments: Any
+) -> ray.data.Dataset:
+    """Rows with `image_id` and `uri`, downloaded, decoded and put through a pool of encoder actors.
+
+    `actor` takes the settings and `arguments`, and batches with the columns of `decode_batch`.
+    """
+    import ray
+    from ray.data.expressions import download
+
+    return (
+        rows.repartition(target_num_rows_per_block=chosen.block_rows)
+        .with_column("bytes", download("uri"))
+        .map_batches(
+            functools.partial(decode_batch, encoder=chosen.encoder, max_pixels=chosen.max_pixels),
+            batch_size=chosen.block_rows,
+            batch_format="pyarrow",
+        )
+        .map_batches(
+            actor,
+            batch_size=chosen.block_rows,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={"settings": chosen, **arguments},
+            compute=ray.data.ActorPoolStrategy(min_size=chosen.encoders_min, max_size=chosen.encoders_max),
+            num_cpus=chosen.cpus_per_encoder,
+            num_gpus=chosen.gpus_per_encoder,
+        )
+    )
+
+
 def decode_batch(batch: pa.Table, *, encoder: str, max_pixels: int) -> pa.Table:
-    """A batch with `bytes` → the same rows with `pixels` (uint8, raw, or null) and `reason` (or null)."""
+    """A batch with `bytes` → the same rows with `pixels` (uint8, raw, or null), `reason` (or null), and the
+    stored image's `width` and `height`."""
     to_pixels = preprocessing(encoder)
     contents = [
         content.as_py() if content.is_valid else _read_again(image_id.as_py(), uri.as_py())
@@ -121,8 +142,10 @@ def decode_batch(batch: pa.Table, *, encoder: str, max_pixels: int) -> pa.Table:
     decoded = [_decode_one(content, to_pixels, max_pixels) for content in contents]
     return (
         batch.drop_columns(["bytes"])
-        .append_column("pixels", pa.array([pixels for pixels, _ in decoded], pa.binary()))
-        .append_column("reason", pa.array([reason for _, reason in decoded], pa.string()))
+        .append_column("pixels", pa.array([of.pixels for of in decoded], pa.binary()))
+        .append_column("reason", pa.array([of.reason for of in decoded], pa.string()))
+        .append_column("width", pa.array([of.width for of in decoded], pa.int32()))
+        .append_column("height", pa.array([of.height for of in decoded], pa.int32()))
     )
 
 
@@ -147,24 +170,25 @@ def _read_again(image_id: str, uri: str) -> bytes | None:
     )
 
 
-def _decode_one(
-    content: bytes | None, to_pixels: Callable[[Any], np.ndarray], max_pixels: int
-) -> tuple[bytes | None, str | None]:
+class _Decoded(NamedTuple):
+    pixels: bytes | None
+    reason: str | None
+    width: int | None = None
+    height: int | None = None
+
+
+def _decode_one(content: bytes | None, to_pixels: Callable[[Any], np.ndarray], max_pixels: int) -> _Decoded:
     if content is None:
-        return None, "missing or unreadable file"
+        return _Decoded(None, "missing or unreadable file")
     try:
-        return to_pixels(decode(content, max_pixels=max_pixels)).tobytes(), None
+        image = decode(content, max_pixels=max_pixels)
     except DecodeError as error:
-        return None, str(error)
+        return _Decoded(None, str(error))
+    return _Decoded(to_pixels(image).tobytes(), None, *image.size)
 
 
-class EncodeBatch:
-    """The encoder as a Ray Data actor: batches of pixels to rows of embeddings.
-
-    The first row of each batch carries the batch's summed position shares over the training split
-    (`share_sum`, float64 [P, d], raw): they are written, checkpointed and lost together with the rows they
-    were summed over, so a resumed run counts no image twice.
-    """
+class EncoderActor:
+    """An encoder as a Ray Data actor, on the device and with the threads that the settings give it."""
 
     def __init__(self, settings: EmbedSettings) -> None:
         import torch
@@ -179,8 +203,22 @@ class EncodeBatch:
             settings.encoder, settings.weights, device=device, precision=settings.precision
         )
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def pixels(self, batch: pa.Table, rows: list[int]) -> np.ndarray:
+        """Pixels of these rows of a decoded batch, uint8 [B, S, S]."""
         side = self.encoder.image_size
+        raw = b"".join(batch["pixels"][i].as_py() for i in rows)
+        return np.frombuffer(raw, np.uint8).reshape(len(rows), side, side)
+
+
+class EncodeBatch(EncoderActor):
+    """Batches of pixels to rows of embeddings.
+
+    The first row of each batch carries the batch's summed position shares over the training split
+    (`share_sum`, float64 [P, d], raw): they are written, checkpointed and lost together with the rows they
+    were summed over, so a resumed run counts no image twice.
+    """
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
         reasons: list[str | None] = batch["reason"].to_pylist()
         good = [i for i, reason in enumerate(reasons) if reason is None]
         train = np.array(batch["split"].to_pylist()) == "train"
@@ -188,9 +226,7 @@ class EncodeBatch:
         share_sum, share_count = None, 0
         for start in range(0, len(good), self.batch_size):
             part = good[start : start + self.batch_size]
-            raw = b"".join(batch["pixels"][i].as_py() for i in part)
-            pixels = np.frombuffer(raw, np.uint8).reshape(len(part), side, side)
-            embedded = self.encoder.embed(pixels, train[part])
+            embedded = self.encoder.embed(self.pixels(batch, part), train[part])
             for i, vector in zip(part, embedded.embedding, strict=True):
                 if np.isfinite(vector).all():
                     embeddings[i] = vector

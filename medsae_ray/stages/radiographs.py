@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from medsae_ray.config import Settings, fingerprinted
 from medsae_ray.errors import InputError
-from medsae_ray.radiographs import Radiographs, read_radiographs
+from medsae_ray.radiographs import Boxes, Radiographs, read_radiographs
 from medsae_ray.run import Manifest, Plan, Run, table_digest
 from medsae_ray.stages.outcome import Outcome
 from medsae_ray.tables import SPLITS, TRUTH
@@ -19,7 +19,8 @@ def radiographs(run: Run, settings: Settings) -> Outcome:
     """Read the tables of the data set, write `radiographs`, `quarantine/radiographs` and `truth`.
 
     The tables are read on every call (seconds): the fingerprint is of their content, so a run follows its
-    data set to another folder, and a changed table is noticed.
+    data set to another folder, and a changed table is noticed. Readers' boxes have a fingerprint of their
+    own: added later, they leave the radiographs and what was made of them as they are.
     """
     chosen = settings.radiographs
     root = chosen.root or _phantom_root(run, settings)
@@ -49,6 +50,8 @@ def radiographs(run: Run, settings: Settings) -> Outcome:
         {"tables": table_digest(read.table.drop_columns(["uri"])), "refused": table_digest(read.refused)},
     )
     staging = run.begin(plan, settings.overwrite)
+    if read.boxes is not None:
+        _write_boxes(run, plan, read.boxes, read.table["image_id"], settings.overwrite)
     if staging is None:
         done = run.require("radiographs", "radiographs")
         if run.read("radiographs", columns=["uri"])["uri"].equals(read.table["uri"]):
@@ -58,6 +61,8 @@ def radiographs(run: Run, settings: Settings) -> Outcome:
     staging.write_table(read.table)
     if chosen.dataset == "phantom":
         _write_truth(run, plan, Path(root), read.table["image_id"], settings.overwrite)
+    elif read.boxes is None:
+        run.delete("truth")
     write_quarantine(run, plan, read.refused)
     manifest = staging.commit(
         rows_in=rows_in,
@@ -129,6 +134,22 @@ def _write_truth(run: Run, plan: Plan, root: Path, image_ids: pa.ChunkedArray, o
     staging = run.restage(Plan(plan.stage, "truth", plan.settings, plan.inputs))
     staging.write_table(truth)
     staging.commit(rows_in=truth.num_rows, rows_out=truth.num_rows)
+
+
+def _write_boxes(run: Run, plan: Plan, boxes: Boxes, image_ids: pa.ChunkedArray, overwrite: bool) -> None:
+    """Write `truth` from the boxes of images in the table, unless these are there already."""
+    kept = boxes.table.filter(pc.is_in(boxes.table["image_id"], image_ids.combine_chunks()))
+    # Not called `boxes`, which is a table of the run.
+    inputs = {"radiographs": plan.fingerprint, "box list": table_digest(kept)}
+    staging = run.begin(Plan(plan.stage, "truth", plan.settings, inputs), overwrite)
+    if staging is None:
+        return
+    staging.write_table(kept)
+    staging.commit(
+        rows_in=boxes.table.num_rows,
+        rows_out=kept.num_rows,
+        notes={"frame": boxes.frame, "left_out": boxes.table.num_rows - kept.num_rows},
+    )
 
 
 def _counts(splits: pa.ChunkedArray) -> dict[str, int]:
