@@ -9,6 +9,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -16,6 +17,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from medsae_ray.config import Settings
 from medsae_ray.errors import InputError
 from medsae_ray.pipeline import ASKING, EXPERIMENTS, STAGES, run_stages
+from medsae_ray.run import Run
 
 HELP = {
     "pipeline": "all stages in order, each skipped where it is done",
@@ -31,6 +33,7 @@ HELP = {
     "localise": "where in a radiograph a neuron fires, and whether the finding lies there",
     "name": "panels to a concept and a description a neuron, by a vision-language model",
     "detect": "names put to the test on radiographs of other patients, and the statistics of it",
+    "report": "the neuron atlas: pages that open from disk (--open, --serve)",
     "replicate": "the paper's settings under both conventions of normalisation, beside its figures",
     "expansion": "entropy, FVE and dead neurons at several expansions and one λ",
     "architectures": "six architectures at equal L0 and equal FVE: dead neurons, entropy, AUROC",
@@ -87,6 +90,8 @@ def _dispatch(command: str, rest: list[str]) -> None:
         _describe(command, rest)
     elif command == "weights":
         _weights(rest)
+    elif command == "report":
+        _report(rest)
     elif command == "pipeline":
         run_stages(STAGES, parse_settings(command, rest))
     elif command in (*STAGES, "sweep"):
@@ -199,6 +204,29 @@ def _describe(command: str, arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise InputError(f"Name one run folder: medsae {command} RUN.")
     print(importlib.import_module(f"medsae_ray.{command}").describe(arguments[0]))
+
+
+def _report(arguments: list[str]) -> None:
+    """`medsae report RUN [--open] [--serve]`: make the report, then show it."""
+    show = {"--open", "--serve"} & set(arguments)
+    arguments = [argument for argument in arguments if argument not in show]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--run", *arguments]
+    settings = parse_settings("report", arguments)
+    if show and not Run(settings.run).is_local:
+        raise InputError(
+            f"A browser cannot look into {settings.run}: make the report without "
+            f"{' and '.join(sorted(show))}, copy its folder report to a disk and open index.html there."
+        )
+    run_stages(("report",), settings)
+    if show:
+        from medsae_ray.report.serve import open_report, serve_report
+
+        folder = Path(Run(settings.run).path("report"))
+        if "--serve" in show:
+            serve_report(folder, browse="--open" in show)
+        else:
+            open_report(folder)
 
 
 def _weights(arguments: list[str]) -> None:

@@ -696,8 +696,10 @@ class Settings:
         "localise",
         "name",
         "detect",
-    ] = "detect"
-    """Last stage of `pipeline`; up to `localise` none needs a vision-language model."""
+        "report",
+    ] = "report"
+    """Last stage of `pipeline`; up to `localise` none needs a vision-language model, and `medsae report`
+    then makes pages without names."""
     dry_run: bool = False
     """`name` and `detect` only print the prompts, images and tokens that they would send."""
     radiographs: RadiographsSettings = RadiographsSettings()
@@ -714,6 +716,7 @@ class Settings:
     detect: DetectSettings = DetectSettings()
     atlas: AtlasSettings = AtlasSettings()
     localise: LocaliseSettings = LocaliseSettings()
+    report: ReportSettings = ReportSettings()
     ray: RaySettings = RaySettings()
 
     def __post_init__(self) -> None:

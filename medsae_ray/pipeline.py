@@ -23,6 +23,7 @@ STAGES = (
     "localise",
     "name",
     "detect",
+    "report",
 )
 EXPERIMENTS = ("replicate", "expansion", "architectures")
 """The paper's experiments, on a run's embeddings."""

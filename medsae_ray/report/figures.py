@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, ScalarFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
@@ -29,12 +29,15 @@ from medsae_ray.report.style import (
     VERMILION,
     figure_bytes,
     figure_files,
+    floats,
     in_order,
+    log_axis,
     look_of,
     mean_sd,
     new_figure,
     settle,
     styled,
+    tell_empty,
 )
 from medsae_ray.summary import PAPER
 
@@ -62,7 +65,7 @@ def pareto_figure(table: pa.Table, *, fve_floor: float = FVE_FLOOR) -> Figure:
     named below; those that were stopped early are hollow and pale.
     """
     trials = table.filter(pc.fill_null(table["best"], False))
-    l0, front = _floats(trials, "l0"), trials["front"].to_numpy(zero_copy_only=False).astype(bool)
+    l0, front = floats(trials, "l0"), trials["front"].to_numpy(zero_copy_only=False).astype(bool)
     shown = np.isfinite(l0) & (l0 > 0)
     stopped = np.array([status == "stopped" for status in trials["status"].to_pylist()], bool)
     architecture = np.array(trials["architecture"].to_pylist(), object)
@@ -79,9 +82,9 @@ def pareto_figure(table: pa.Table, *, fve_floor: float = FVE_FLOOR) -> Figure:
 
     figure, axes = new_figure(height_mm=130 + key_mm, n_rows=3, share_x=True)
     panels = (
-        (FVE, _floats(trials, "fve")),
-        (DEAD, 100 * _floats(trials, "dead")),
-        (ENTROPY, _floats(trials, "entropy")),
+        (FVE, floats(trials, "fve")),
+        (DEAD, 100 * floats(trials, "dead")),
+        (ENTROPY, floats(trials, "entropy")),
     )
     for panel, (name, y) in zip(axes, panels, strict=True):
         panel.set_ylabel(name)
@@ -95,9 +98,9 @@ def pareto_figure(table: pa.Table, *, fve_floor: float = FVE_FLOOR) -> Figure:
             )  # fmt: skip
         panel.plot(l0[members], y[members], "o", color=BLACK, fillstyle="none", markersize=9, mew=0.7)
         panel.margins(0.08, 0.12)
-        _tell_empty(panel, y[shown])
+        tell_empty(panel, y[shown])
     axes[0].axhline(fve_floor, color=GREY, linestyle="--", zorder=0)
-    _log_axis(axes[-1], "x", l0[shown])
+    log_axis(axes[-1], "x", l0[shown])
     axes[-1].set_xlabel(L0)
 
     handles = [
@@ -130,15 +133,15 @@ def history_figure(history: pa.Table, *, fve_floor: float = FVE_FLOOR) -> Figure
     """
     valid = history.filter(pc.equal(history["split"], "valid"))
     train = history.filter(pc.equal(history["split"], "train"))
-    step, selection = _floats(valid, "step"), _floats(valid, "selection")
+    step, selection = floats(valid, "step"), floats(valid, "selection")
     finite = np.isfinite(selection)
     chosen = int(np.argmin(np.where(finite, selection, np.inf))) if finite.any() else None
     figure, axes = new_figure(height_mm=165, n_rows=5, share_x=True)
     panels = (
-        (FVE, _floats(valid, "fve")),
-        (L0, _floats(valid, "l0")),
-        (DEAD, 100 * _floats(valid, "dead")),
-        (ENTROPY, _floats(valid, "entropy")),
+        (FVE, floats(valid, "fve")),
+        (L0, floats(valid, "l0")),
+        (DEAD, 100 * floats(valid, "dead")),
+        (ENTROPY, floats(valid, "entropy")),
     )
     for panel, (name, y) in zip(axes, panels, strict=False):
         panel.plot(step, y, "-o", color=BLUE, label="validation")
@@ -147,15 +150,15 @@ def history_figure(history: pa.Table, *, fve_floor: float = FVE_FLOOR) -> Figure
             panel.axvline(step[chosen], color=PALE, zorder=0)
             panel.plot(step[chosen], y[chosen], "o", color=BLACK, fillstyle="none", markersize=9, mew=0.7)
         panel.margins(0.05, 0.15)
-        _tell_empty(panel, y)
+        tell_empty(panel, y)
     axes[0].axhline(fve_floor, color=GREY, linestyle="--", zorder=0)
-    _log_axis(axes[1], "y", panels[1][1])
-    loss = _floats(train, "loss")
-    axes[4].plot(_floats(train, "step"), loss, "-s", color=VERMILION)
+    log_axis(axes[1], "y", panels[1][1])
+    loss = floats(train, "loss")
+    axes[4].plot(floats(train, "step"), loss, "-s", color=VERMILION)
     axes[4].set_ylabel("loss")
     axes[4].margins(0.05, 0.15)
-    _tell_empty(axes[4], loss)
-    _log_axis(axes[4], "y", loss)
+    tell_empty(axes[4], loss)
+    log_axis(axes[4], "y", loss)
     if chosen is not None:
         axes[4].axvline(step[chosen], color=PALE, zorder=0)
     axes[4].set_xlabel("optimiser step")
@@ -182,10 +185,10 @@ def matched_figure(rows: pa.Table, by: Literal["l0", "fve"] = "l0") -> Figure:
     kinds = in_order(rows["architecture"].to_pylist())
     figure, axes = new_figure(height_mm=150, n_rows=4, share_x=True)
     panels = (
-        (DEAD_TRAIN, 100 * _floats(rows, "dead_train")),
-        (FVE, _floats(rows, "fve")),
-        (ENTROPY, _floats(rows, "entropy")),
-        (AUROC, _floats(rows, "best_auroc")),
+        (DEAD_TRAIN, 100 * floats(rows, "dead_train")),
+        (FVE, floats(rows, "fve")),
+        (ENTROPY, floats(rows, "entropy")),
+        (AUROC, floats(rows, "best_auroc")),
     )
     of = np.array(rows["architecture"].to_pylist(), object)
     for panel, (name, y) in zip(axes, panels, strict=True):
@@ -194,21 +197,21 @@ def matched_figure(rows: pa.Table, by: Literal["l0", "fve"] = "l0") -> Figure:
             look, mine = look_of(kind), of == kind
             x = place + 0.18 + _spread(int(mine.sum()))
             if name == ENTROPY:
-                low, high = _floats(rows, "entropy_low")[mine], _floats(rows, "entropy_high")[mine]
+                low, high = floats(rows, "entropy_low")[mine], floats(rows, "entropy_high")[mine]
                 panel.vlines(x, low, high, color=look.colour, alpha=0.5, linewidth=0.8)
-                floor, _ = mean_sd(_floats(rows, "entropy_floor")[mine])
+                floor, _ = mean_sd(floats(rows, "entropy_floor")[mine])
                 panel.plot([place - 0.3, place + 0.42], [floor, floor], color=GREY, linewidth=1.4)
             if len(x) > 1:
                 panel.plot(x, y[mine], look.marker, color=look.colour, alpha=0.5, markersize=3, mew=0)
             _mean(panel, place - 0.18, y[mine], look.marker, look.colour)
         panel.margins(0.08, 0.12)
-        _tell_empty(panel, y)
+        tell_empty(panel, y)
     axes[-1].xaxis.set_major_locator(FixedLocator(range(len(kinds))))
     axes[-1].set_xticklabels(
         [look_of(kind).name for kind in kinds], rotation=35, ha="right", rotation_mode="anchor"
     )
     axes[-1].set_xlim(-0.6, max(len(kinds), 1) - 0.4)
-    matched = _floats(rows, by)
+    matched = floats(rows, by)
     digits = 1 if by == "l0" else 3
     told = {"l0": "L0", "fve": "FVE"}[by]
     if matched.size:
@@ -230,20 +233,20 @@ def expansion_figure(rows: pa.Table) -> Figure:
 
     Takes a row an expansion and seed: mean ± standard deviation over seeds, single seeds as faint dots.
     """
-    of = _floats(rows, "expansion")
+    of = floats(rows, "expansion")
     sizes = np.unique(of)
     figure, axes = new_figure(height_mm=145, n_rows=4, share_x=True)
     panels = (
-        (ENTROPY, _floats(rows, "entropy")),
-        (FVE, _floats(rows, "fve")),
-        (DEAD_TRAIN, 100 * _floats(rows, "dead_train")),
-        (L0, _floats(rows, "l0")),
+        (ENTROPY, floats(rows, "entropy")),
+        (FVE, floats(rows, "fve")),
+        (DEAD_TRAIN, 100 * floats(rows, "dead_train")),
+        (L0, floats(rows, "l0")),
     )
     axes[-1].set_xscale("log", base=2)
     for panel, (name, y) in zip(axes, panels, strict=True):
         panel.set_ylabel(_wrapped(name))
         if name == ENTROPY:
-            floors = [mean_sd(_floats(rows, "entropy_floor")[of == size])[0] for size in sizes]
+            floors = [mean_sd(floats(rows, "entropy_floor")[of == size])[0] for size in sizes]
             panel.plot(sizes, floors, "--", color=GREY, label="noise floor")
         for size in sizes:
             mine = y[of == size]
@@ -254,7 +257,7 @@ def expansion_figure(rows: pa.Table) -> Figure:
         for size in sizes:
             _mean(panel, size, y[of == size], "o", BLUE)
         panel.margins(0.1, 0.15)
-        _tell_empty(panel, y)
+        tell_empty(panel, y)
     axes[-1].xaxis.set_major_locator(FixedLocator(sizes.tolist()))
     axes[-1].xaxis.set_minor_locator(FixedLocator([]))
     axes[-1].xaxis.set_major_formatter(ScalarFormatter())
@@ -282,7 +285,7 @@ def replicate_figure(rows: pa.Table) -> Figure:
     of = np.array(rows["normalisation"].to_pylist(), object)
     kinds = [kind for kind in CONVENTIONS if kind in of]
     figure, axes = new_figure(height_mm=110, n_rows=3, share_x=True)
-    neurons, raw = _floats(rows, "entropy"), _floats(rows, "raw_entropy")
+    neurons, raw = floats(rows, "entropy"), floats(rows, "raw_entropy")
     fourteen = set(rows["entropy_labels"].to_pylist()) == {14}
     panels = (
         (
@@ -292,8 +295,8 @@ def replicate_figure(rows: pa.Table) -> Figure:
                 (raw, "s", VERMILION, PAPER["entropy_dimensions"] if fourteen else None),
             ),
         ),
-        (FVE, ((_floats(rows, "fve"), "o", BLUE, PAPER["fve"]),)),
-        (DEAD, ((100 * _floats(rows, "dead"), "o", BLUE, 100 * PAPER["dead"]),)),
+        (FVE, ((floats(rows, "fve"), "o", BLUE, PAPER["fve"]),)),
+        (DEAD, ((100 * floats(rows, "dead"), "o", BLUE, 100 * PAPER["dead"]),)),
     )
     for panel, (name, series) in zip(axes, panels, strict=True):
         panel.set_ylabel(name)
@@ -327,19 +330,9 @@ def replicate_figure(rows: pa.Table) -> Figure:
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def _floats(table: pa.Table, name: str) -> Floats:
-    return table[name].to_numpy(zero_copy_only=False).astype(np.float64)
-
-
 def _wrapped(label: str) -> str:
     """A label of a low panel on two lines: its unit or symbol goes below."""
     return label if "\n" in label else label.replace(" (", "\n(", 1)
-
-
-def _tell_empty(panel: Axes, values: Floats) -> None:
-    if not np.isfinite(values).any():
-        panel.set_yticks([])
-        panel.text(0.5, 0.5, "no figures", transform=panel.transAxes, ha="center", va="center", color=GREY)
 
 
 def _ring(label: str) -> Line2D:
@@ -358,19 +351,6 @@ def _mean(panel: Axes, x: float, values: Floats, marker: str, colour: str) -> No
     panel.errorbar(
         x, mean, None if np.isnan(sd) else sd, fmt=marker, color=colour, capsize=2.5, elinewidth=1.0
     )
-
-
-def _log_axis(panel: Axes, which: Literal["x", "y"], values: Floats) -> None:
-    """A log axis with plain numbers, where every value allows one."""
-    finite = values[np.isfinite(values)]
-    if not finite.size or finite.min() <= 0:
-        return
-    panel.set(**{f"{which}scale": "log"})
-    axis = panel.xaxis if which == "x" else panel.yaxis
-    few = finite.max() / finite.min() < 100
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=9))
-    axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _number(panel: Axes, x: Floats, y: Floats, all_x: Floats, all_y: Floats, lines: Sequence[float]) -> None:

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, ParamSpec
 
 import matplotlib.style
 import numpy as np
+import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
+from numpy.typing import ArrayLike, NDArray
 
 SINGLE_MM, DOUBLE_MM = 89.0, 183.0
 """Widths of one column and of two columns of a printed page."""
@@ -45,6 +47,7 @@ STYLE = {
     "ytick.labelsize": TEXT_PT,
     "legend.fontsize": TEXT_PT,
     "figure.titlesize": TEXT_PT,
+    "figure.labelsize": TEXT_PT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
@@ -108,11 +111,14 @@ def new_figure(
     n_columns: int = 1,
     share_x: bool = False,
     share_y: bool = False,
+    height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure on an Agg canvas, laid out without overlaps, and its axes, row by row."""
     figure = Figure(figsize=(width_mm / 25.4, height_mm / 25.4))
     FigureCanvasAgg(figure)
-    axes = figure.subplots(n_rows, n_columns, sharex=share_x, sharey=share_y, squeeze=False)
+    axes = figure.subplots(
+        n_rows, n_columns, sharex=share_x, sharey=share_y, squeeze=False, height_ratios=height_ratios
+    )
     return figure, list(axes.flat)
 
 
@@ -162,3 +168,32 @@ def mean_sd(values: ArrayLike) -> tuple[float, float]:
     kept = kept[np.isfinite(kept)]
     mean = float(kept.mean()) if kept.size else np.nan
     return mean, float(kept.std(ddof=1)) if kept.size > 1 else np.nan
+
+
+def floats(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """A column as float64, NaN for null."""
+    return table[name].to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def tell_empty(panel: Axes, values: NDArray[np.float64]) -> None:
+    """Say so in a panel that has no finite value to show."""
+    if not np.isfinite(values).any():
+        panel.set_yticks([])
+        panel.text(0.5, 0.5, "no figures", transform=panel.transAxes, ha="center", va="center", color=GREY)
+
+
+def log_axis(panel: Axes, which: Literal["x", "y"], values: NDArray[np.float64]) -> None:
+    """A log axis with plain numbers, where every value allows one."""
+    finite = values[np.isfinite(values)]
+    if not finite.size or finite.min() <= 0:
+        return
+    panel.set(**{f"{which}scale": "log"})
+    axis = panel.xaxis if which == "x" else panel.yaxis
+    span = finite.max() / finite.min()
+    if span < 5:
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 100 else (1,), numticks=9))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())

@@ -117,7 +117,7 @@ def piped(cluster, tmp_path_factory):
     run = tmp_path_factory.mktemp("piped") / "run"
     done = submit(
         cluster, "jobs/pipeline.py", "--config", "jobs/demo.yaml", "--run", str(run), *SMALL,
-        *LABELLING, "--until", "detect",
+        *LABELLING, "--until", "report",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return run, done
@@ -139,6 +139,12 @@ def test_a_submitted_pipeline_fills_the_run_folder(piped):
     assert set(verdicts.loc[verdicts["condition"] == "true", "neuron"]) == set(named)
     assert (verdicts["status"] == "answered").mean() > 0.99
     assert summary["labelling"]["names"]["named"] == len(named)
+    maps = pd.read_parquet(run / "maps", columns=["neuron", "image_id"])
+    gallery = pd.read_parquet(run / "gallery")
+    assert len(maps.merge(gallery, on=["neuron", "image_id"])) == len(gallery) > 0
+    shown = {path.stem for path in (run / "report" / "radiographs").glob("*.jpg")}
+    assert shown == set(gallery["image_id"])
+    assert (run / "report" / "index.html").exists()
 
 
 def test_a_killed_sweep_submitted_again_trains_only_what_is_missing(cluster, piped, tmp_path):
