@@ -262,7 +262,7 @@ def _maps(gallery: pa.Table, maps: pa.Table | None) -> tuple[list[str | None], l
         return [None] * n, [None] * n
     rows = _rows_of(gallery, maps)
     column = maps["map"].combine_chunks()
-    values = column.flatten().to_numpy().reshape(maps.num_rows, -1)
+    values = column.flatten().to_numpy().reshape(maps.num_rows, column.type.list_size)
     highest = np.abs(values).max(axis=1, initial=0)
     scale = np.array(rounded(highest / 127), np.float64)
     whole = np.rint(values / np.where(scale > 0, scale, 1)[:, None]).clip(-127, 127).astype(np.int8)

@@ -281,9 +281,9 @@ def test_entropy_of_fewer_labels_is_not_set_beside_the_paper() -> None:
     assert "over 12 labels" in figure.axes[0].get_xlabel()
 
 
-@pytest.mark.parametrize("edge", [0.85, 1.7, 2.0])
+@pytest.mark.parametrize("edge", [0.85, 1.7, 1.95, 2.0])
 def test_no_neuron_is_lost_beside_an_edge(edge: float) -> None:
-    entropy = [np.nextafter(edge, 0), edge, np.nextafter(edge, 3)]
+    entropy = [edge, np.nextafter(edge, 3), edge + 0.01]
     panel = entropy_figure(units(3, n_firing=[50] * 3, entropy=entropy)).axes[0]
     assert panel.patches[0].get_data().values.sum() == pytest.approx(100)
 
