@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from synthetic import write_run
 
 from medsae_ray.config import Settings
+from medsae_ray.report.pages import ROOM
+from medsae_ray.report.serve import report_server
 from medsae_ray.run import Run
 from medsae_ray.stages.report import report
 
 CHROMIUM = shutil.which("chromium")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium on the PATH")
+PACKAGES = Path(__file__).parent / "node_modules"
+needs_packages = pytest.mark.skipif(not PACKAGES.exists(), reason="needs `npm ci --prefix tests/report`")
 NASTY = "<script>alert(1)</script>"
 
 
@@ -134,3 +140,48 @@ def test_a_phone_needs_no_sideways_scrolling(page, folder, name):
     page.set_viewport_size({"width": 375, "height": 812})
     opened(page, folder, name)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@needs_packages
+@pytest.mark.parametrize("name", ["index.html", "neurons.html", "neuron.html#0"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 375])
+def test_axe_finds_no_serious_violation(browser, folder, name, scheme, width):
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=True
+    )
+    page = context.new_page()
+    opened(page, folder, name)
+    page.add_script_tag(path=PACKAGES / "axe-core" / "axe.min.js")
+    found = page.evaluate("axe.run()")
+    assert len(found["passes"]) > 20
+    assert [v for v in found["violations"] if v["impact"] in ("serious", "critical")] == []
+    context.close()
+
+
+@needs_packages
+def test_the_vendored_table_library_is_the_packages():
+    vendored = ROOM / "assets" / "vendor" / "dataTables-3.1.5.min.js"
+    assert vendored.read_bytes() == (PACKAGES / "datatables.net/js/dataTables.min.js").read_bytes()
+
+
+def test_served_to_this_machine_alone(browser, folder):
+    asked, wrong = [], []
+    with report_server(folder) as server:
+        assert server.server_address[0] == "127.0.0.1"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        site = f"http://127.0.0.1:{server.server_port}"
+        page = browser.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda told: wrong.append(told.text) if told.type == "error" else None)
+        page.goto(f"{site}/neurons.html")
+        page.wait_for_selector("html[data-ready]")
+        assert rows(page).count() == 50
+        assert all(url.startswith(site) for url in asked)
+        assert not wrong
+        # A name that another site points here, and a way out of the folder.
+        request = page.context.request
+        assert request.get(f"{site}/index.html", headers={"Host": "elsewhere.example"}).status == 403
+        assert request.get(f"{site}/%2e%2e/radiographs/_manifest.json").status == 404
+        page.close()
+        server.shutdown()
