@@ -75,7 +75,7 @@ def _refuse_more_pictures(run: Run, chosen: ReportSettings, overwrite: bool) -> 
 def _build(run: Run, found: Survey, staging: Staging, chosen: ReportSettings, max_pixels: int) -> Manifest:
     # matplotlib is loaded only where figures are made.
     from medsae_ray.report.atlas_figures import overview_figures
-    from medsae_ray.report.style import figure_files
+    from medsae_ray.report.style import SINGLE_MM, figure_files
 
     clock = _Clock()
     tables = read_tables(run, found)
@@ -111,7 +111,13 @@ def _build(run: Run, found: Survey, staging: Staging, chosen: ReportSettings, ma
     context = {
         "run": told,
         "summary": found.summary,
-        "figures": [{key: getattr(f, key) for key in ("name", "title", "alt", "caption")} for f in figures],
+        "figures": [
+            {
+                **{key: getattr(f, key) for key in ("name", "title", "alt", "caption")},
+                "wide": f.figure.get_figwidth() > SINGLE_MM / 25.4 + 1,
+            }
+            for f in figures
+        ],
         "signatures": _signatures(found.summary),
         "localisation": [] if localisation is None else localisation.to_pylist(),
         "counts": _counts(tables, shown.num_rows, unreadable),
