@@ -42,8 +42,11 @@ TABLES = {
     "measure": "neurons",
     "controls": "controls",
     "panels": "panels",
+    "atlas": "atlas",
+    "localise": "maps",
     "name": "names",
     "detect": "detections",
+    "report": "report",
 }
 """The table that says that a stage is done."""
 UNJUDGED = {

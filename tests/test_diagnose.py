@@ -171,7 +171,7 @@ def test_a_sound_run_meets_none_and_is_swept_over_seeds(tmp_path: Path) -> None:
     assert diagnosis.signatures == []
     sweep = swept(diagnosis).sweep
     assert (sweep.seeds, sweep.sparsity, sweep.learning_rate) == ([0, 1, 2], [0.003, 0.01, 0.03], [])
-    assert list(diagnosis.missing) == ["controls", "panels", "name", "detect"]
+    assert list(diagnosis.missing) == ["controls", "panels", "atlas", "localise", "name", "detect", "report"]
     text = describe(str(tmp_path))
     assert "No failure signature is met." in text
     assert "FVE 0.970" in text

@@ -50,11 +50,11 @@ def test_equals_numpy(norm, reduction):
 
 def test_fve_is_one_ratio_of_sums_even_far_from_the_origin():
     sae, x = sae_and_x(offset=300.0)
-    whole, batched = evaluate(sae, x, batch_size=1000), evaluate(sae, x, batch_size=1)
-    rows, rebuilt = x.double(), sae(x).detach().double()
-    expected = 1 - float((rows - rebuilt).square().sum() / (rows - rows.mean(0)).square().sum())
-    assert whole.fve == pytest.approx(expected, abs=1e-9)
-    assert batched.fve == pytest.approx(expected, abs=1e-6)
+    # float32 rounds a row's reconstruction differently in another batch: each is held to its own.
+    for batch_size in (1000, 1):
+        rows, rebuilt = x.double(), torch.cat([sae(batch).detach() for batch in x.split(batch_size)]).double()
+        expected = 1 - float((rows - rebuilt).square().sum() / (rows - rows.mean(0)).square().sum())
+        assert evaluate(sae, x, batch_size=batch_size).fve == pytest.approx(expected, abs=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
